@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine with Python 3.11:
+#   make demo    environment, installation, one reconstruction, and where to look at it
+#   make test    environment, installation, every library notebook executed as a test, pytest
+# and one is for those who change notebooks:
+#   make notebooks    run the library notebooks again and keep their outputs
+# Another interpreter: make demo PYTHON=python3.12. Another place for the environment: VENV=somewhere.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: demo test notebooks
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	$(BIN)/papermill nbs/reconstruct.ipynb -p subject phantom-7
+	@echo
+	@echo "Done. Look at results/phantom-7/: reconstruct.ipynb (the story, with its figures), figures/ (the same as PNG),"
+	@echo "volume.nii.gz (the heart, for any NIfTI viewer), summary.json (how it was made, and its scores)."
+
+# Notebooks are tested two at a time, each on one thread.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+# The outputs are deterministic (timings come from results/record/), so this leaves no difference where nothing changed.
+LIBRARY = $(notdir $(wildcard nbs/[0-9]*.ipynb)) index.ipynb
+notebooks: $(VENV)/.installed-dev
+	cd nbs && OMP_NUM_THREADS=1 $(abspath $(BIN))/jupyter nbconvert --to notebook --inplace --execute --coalesce-streams \
+	    --ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.store_widget_state=False $(LIBRARY)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+# The stamps say that the environment is there; a change of what is installed makes them stale.
+PACKAGING = settings.ini setup.py pyproject.toml constraints.txt
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(PACKAGING)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created $(PACKAGING)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed
