@@ -197,12 +197,12 @@ class Alignment:
 def align(slices: Slices,
           grid: Grid,                  # its centre is the heart's
           solver=None,                 # (slices, grid, poses=…) → Solution; for slice-to-volume rounds
-          rotations: bool = False,
+          rotations: bool = True,
           refine: int = 0,             # slice-to-volume rounds
           scales=(6., 4., 2., 1., .5), # mm, smoothing of the images, coarse to fine
-          tau_mm: float = 3.,          # prior s.d. of a translation along each axis
+          tau_mm: float = 2.,          # prior s.d. of a translation along each axis
           tau_deg: float = 1.5,        # and of a rotation
-          length: float = 4.,          # mm over which neighbouring samples repeat one another
+          length: float = 8.,          # mm over which neighbouring samples repeat one another
           without: tuple = (),         # crossings (pairs of slice numbers) left out
           slabs: bool = True,          # match slab profiles (False compares raw pixels)
           steps: int = 40              # L-BFGS steps a scale

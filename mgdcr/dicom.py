@@ -66,7 +66,8 @@ def patient_facts(ds) -> dict:  # ds: pydicom Dataset
     return facts
 
 
-VENDORS = {"siemens": "Siemens", "philips": "Philips", "ge ": "GE", "canon": "Canon", "toshiba": "Canon", "united": "UIH"}
+VENDORS = {"siemens": "Siemens", "philips": "Philips", "ge ": "GE", "canon": "Canon", "toshiba": "Canon",
+           "united": "UIH"}
 SEQUENCE_TERMS = {"SE", "IR", "GR", "EP", "RM", "SK", "MTC", "SS", "TRSS", "SP", "MP", "OSP", "TOF", "NONE"}
 
 
@@ -146,12 +147,13 @@ class Frame:
     kind: str  # "" for an ordinary image, else why it is none
 
 
-TAGS = """SOPClassUID SOPInstanceUID Modality ImageType SeriesInstanceUID SeriesNumber InstanceNumber SeriesDescription ProtocolName
-PatientID PatientAge PatientSex PatientSize PatientWeight Manufacturer MagneticFieldStrength ScanningSequence
-SequenceVariant ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns NumberOfFrames SamplesPerPixel
-SliceThickness TriggerTime NominalInterval AcquisitionMatrix InPlanePhaseEncodingDirection RescaleSlope
-RescaleIntercept SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
-MAX_PIXELS = 2**28  # per study: ten times a large one; a header that declares more is refused before memory is asked for
+TAGS = """SOPClassUID SOPInstanceUID Modality ImageType SeriesInstanceUID SeriesNumber InstanceNumber SeriesDescription
+ProtocolName PatientID PatientAge PatientSex PatientSize PatientWeight Manufacturer MagneticFieldStrength
+ScanningSequence SequenceVariant ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns
+NumberOfFrames SamplesPerPixel SliceThickness TriggerTime NominalInterval AcquisitionMatrix
+InPlanePhaseEncodingDirection RescaleSlope RescaleIntercept
+SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence""".split()
+MAX_PIXELS = 2**28  # a study, ten times a large one: a header that declares more is refused before memory is asked for
 
 
 def _header(path):
@@ -173,7 +175,8 @@ def _header(path):
 
 
 def _truncated(path):
-    return StudyError(f"The DICOM file {path.name} is truncated or damaged: copy it again, or take it out of the folder.")
+    return StudyError(f"The DICOM file {path.name} is truncated or damaged: copy it again, or take it out of the "
+                      "folder.")
 
 # %% ../nbs/01_dicom.ipynb #c023
 class _Groups:
@@ -194,8 +197,8 @@ def _frames(ds, path):
     "Every image of one file as a `Frame`."
     count = int(_number(ds.get("NumberOfFrames")) or 1)
     if not 0 < ds.Rows*ds.Columns*count <= MAX_PIXELS or count > 100_000:
-        raise StudyError(f"{path.name} declares {count} frames of {ds.Rows}×{ds.Columns} pixels, which no cine study has: "
-                         "take it out of the folder.")
+        raise StudyError(f"{path.name} declares {count} frames of {ds.Rows}×{ds.Columns} pixels, "
+                         "which no cine study has: take it out of the folder.")
     return [_frame(ds, path, index) for index in range(count)]
 
 
@@ -207,7 +210,7 @@ def _frame(ds, path, index):
     position, orientation, spacing = place or ((), (), ())
     fov = "MRFOVGeometrySequence"
     matrix, along = ds.get("AcquisitionMatrix"), groups.get(fov, "InPlanePhaseEncodingDirection", "")
-    steps = [groups.get(fov, key) for key in ("MRAcquisitionFrequencyEncodingSteps", "MRAcquisitionPhaseEncodingStepsInPlane")]
+    steps = [groups.get(fov, f"MRAcquisition{key}") for key in ("FrequencyEncodingSteps", "PhaseEncodingStepsInPlane")]
     if matrix is None and all(steps): matrix = [steps[0], 0, 0, steps[1]]
     sync = "CardiacSynchronizationSequence"
     trigger = groups.get(sync, "NominalCardiacTriggerDelayTime", ds.get("TriggerTime"))
@@ -218,7 +221,8 @@ def _frame(ds, path, index):
         _number(groups.get(sync, "RRIntervalTimeNominal", ds.get("NominalInterval"))),
         acquired_pixel(matrix, along, shape, spacing) if place else (),
         _scale(groups, "RescaleSlope", 1.0), _scale(groups, "RescaleIntercept", 0.0),
-        header_view(f"{ds.get('SeriesDescription', '')} {ds.get('ProtocolName', '')}"), _not_an_image(ds, groups, place))
+        header_view(f"{ds.get('SeriesDescription', '')} {ds.get('ProtocolName', '')}"),
+        _not_an_image(ds, groups, place))
 
 
 def _scale(groups, key, default):
@@ -254,9 +258,11 @@ def _scan(folder, progress):
         frames += _frames(ds, path)
         patients.add(str(ds.get("PatientID", "")))
         example = example or ds
-    if not frames: raise StudyError(f"{folder.name} holds no MR image in DICOM: give a folder of DICOM or of NIfTI files.")
+    if not frames:
+        raise StudyError(f"{folder.name} holds no MR image in DICOM: give a folder of DICOM or of NIfTI files.")
     if len(patients) > 1:
-        raise StudyError(f"{folder.name} holds files of {len(patients)} patients: keep one patient's files in a folder.")
+        raise StudyError(f"{folder.name} holds files of {len(patients)} patients: keep one patient's files in a "
+                         "folder.")
     return frames, example
 
 
@@ -280,7 +286,8 @@ def _positions(frames):
     "Frames grouped by series and place: (series UID, list of frames in order of time)."
     groups = defaultdict(list)
     for f in frames:
-        if not f.kind: groups[f.series, tuple(np.round(f.orientation, 3)), tuple(np.round(f.position, 2)), f.shape].append(f)
+        if f.kind: continue
+        groups[f.series, tuple(np.round(f.orientation, 3)), tuple(np.round(f.position, 2)), f.shape].append(f)
     for group in groups.values():
         if len({f.trigger for f in group}) == 1:  # a time that never changes says nothing
             for f in group: f.trigger = None
@@ -305,8 +312,8 @@ def cardiac_times(
     if T == 1: return np.zeros(1), rr
     if any(t is None for t in triggers): return np.arange(T)/T*rr/1000.0, rr
     triggers = np.asarray(triggers, float)
-    spanned = float(triggers[-1] - triggers[0] + np.median(np.diff(triggers)))
-    return triggers/1000.0, rr if plausible and spanned <= 1.1*rr else spanned
+    span = float(triggers[-1] - triggers[0])
+    return triggers/1000.0, rr if plausible and span < 0.995*rr else span + float(np.median(np.diff(triggers)))
 
 
 def _pixels(frames, cache):
@@ -345,7 +352,8 @@ def _cine_slice(frames, label, cache, facts):
     if not np.allclose(axes @ axes.T, np.eye(2), atol=0.02) or min(first.spacing) <= 0:
         raise StudyError(f"The orientation or pixel spacing of {first.path.name} is impossible: leave its series out.")
     if first.thickness is not None and first.thickness < 0:
-        raise StudyError(f"The slice thickness of {first.path.name} is {first.thickness:g} mm: correct it, or leave its series out.")
+        raise StudyError(f"The slice thickness of {first.path.name} is {first.thickness:g} mm: correct it, or leave "
+                         "its series out.")
     rr = [f.rr for f in frames if f.rr]
     times, rr_ms = cardiac_times([f.trigger for f in frames], float(np.median(rr)) if rr else None)
     return CineSlice(_pixels(frames, cache), affine, first.thickness or None, first.acquired, times, rr_ms, label,
@@ -368,7 +376,8 @@ def read_dicom(
     for uid in sorted({f.series for f in frames} - kept, key=lambda u: labels[u]):
         why = next((f.kind for f in frames if f.series == uid and f.kind), "") or "no cine: too few frames at one place"
         left_out.append(dict(series=labels[uid], view="ignore", why=why))
-    if not used: raise StudyError(f"{folder.name} holds no MR image with a position in space: export the cine series again.")
+    if not used:
+        raise StudyError(f"{folder.name} holds no MR image with a position in space: export the cine series again.")
     if sum(len(g)*g[0].shape[0]*g[0].shape[1] for g in used) > MAX_PIXELS:
         raise StudyError(f"{folder.name} holds more pixels than any one cine study: keep one study in a folder.")
     facts, cache, slices = (source_facts(example), patient_facts(example)), {}, []

@@ -206,7 +206,7 @@ def slice_residuals(
         if used.sum() > 10:
             predicted, measured = gains[n]*seen[n][used] + offsets[n], image[used]
             rms = float(np.sqrt(np.mean((predicted - measured)**2)))
-            row |= dict(rms=rms, rms_sigma=rms/max(float(slices.sigma[n]), 1e-9), ncc=float(np.corrcoef(predicted, measured)[0, 1]))
+            row |= dict(rms=rms, rms_sigma=rms/max(float(slices.sigma[n]), 1e-9), ncc=metrics.ncc(predicted, measured))
         rows.append(row)
     return rows
 

@@ -196,6 +196,7 @@ class Job:
     "One run of a job notebook, and where its results go."
     subject: str
     folder: Path  # <out_dir>/<subject>
+    notebook: str = "reconstruct.ipynb"  # its name, there as here
     hidden: dict = field(default_factory=dict)  # path → what stands for it in what is kept
 
 
@@ -245,7 +246,7 @@ def complete(
     if output: return [*raw, *args], None
     if call.has("--engine", "--prepare-only"): _refuse("With --engine or --prepare-only, papermill needs an output path: give one.")
     data, out = _folders(root, values | given)
-    job = Job(subject, out/subject, {str(data): "<data_dir>", str(out): "<out_dir>", str(root): "."})
+    job = Job(subject, out/subject, notebook.name, {str(data): "<data_dir>", str(out): "<out_dir>", str(root): "."})
     path = os.path.relpath(partial_folder(job.folder)/notebook.name)
     path = path.replace("{", "{{").replace("}", "}}")  # papermill takes a path for a format string
     here = [] if call.has("--cwd") else ["--cwd", str(root)]
@@ -330,12 +331,13 @@ def _execute(job, execute):
         os.environ[RUN] = str(job.folder)  # for the kernel: its results belong to this run
         with suppress(OSError): os.environ[TERMINAL] = os.ttyname(2)
         try:
-            nb = execute(str(partial/"reconstruct.ipynb"))
+            nb = execute(str(partial/job.notebook))
             _raise_error(nb)
+            if not (partial/"summary.json").is_file(): raise RuntimeError("the notebook ended without saving a result")
         except JobFailed: raise
         except Exception as error: raise JobFailed(type(error).__name__, str(error), traceback.format_exc()) from None
         finally: os.environ.pop(RUN)
-        (partial/"reconstruct.ipynb").write_text(json.dumps(scrubbed(nb, job.hidden), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial/job.notebook).write_text(json.dumps(scrubbed(nb, job.hidden), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def run_job(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST_PIXELS', 'peak_of', 'psnr', 'ncc', 'ssim', 'dice', 'hd95', 'heart_region', 'Fit', 'best_line', 'ball',
-           'fit_to_truth', 'cavity_rule', 'dice_rule', 'score_volume', 'meeting_point', 'hold_out_region',
+           'fit_to_truth', 'cavity_rule', 'dice_rule', 'score_volume', 'lv_views', 'meeting_point', 'hold_out_region',
            'register_in_plane', 'in_plane_pose', 'widened', 'predict', 'compare', 'HoldOut', 'hold_out_scores',
            'bootstrap_interval']
 
@@ -58,7 +58,7 @@ def ssim(
     region,  # bool, the same shape
     peak=None,  # full scale; `peak_of` where not given
 ):
-    "Mean structural similarity in a region: Gaussian window, σ 1.5, 11 wide, data range 1 (MONAI's compute_ssim_and_cs)."
+    "Mean structural similarity in a region: Gaussian window, σ 1.5, 11 wide, data range 1 (MONAI)."
     from monai.metrics.regression import compute_ssim_and_cs
     peak, n = peak_of(truth, region) if peak is None else peak, np.ndim(truth)
     box = tuple(slice(max(0, s.start - 5), s.stop + 5) for s in ndimage.find_objects(region.astype(np.uint8))[0])
@@ -194,6 +194,14 @@ def score_volume(
     return out | dict(shift_mm=[round(float(t), 3) for t in fit.shift], gain=fit.gain, offset=fit.offset)
 
 # %% ../nbs/03_metrics.ipynb #c033
+def lv_views(
+    views,  # a view's name a slice
+):
+    "Numbers of the LAX slices that are planned through the LV axis (2CH, 3CH, 4CH); of any LAX where there are none."
+    lax = [n for n, view in enumerate(views) if view != "sax"]
+    return [n for n in lax if views[n] in ("lax_2ch", "lax_3ch", "lax_4ch")] or lax
+
+
 def meeting_point(
     affine,  # (4, 4) of the held-out slice
     others,  # Slices: everything else
@@ -205,7 +213,8 @@ def meeting_point(
     centre = sax.centres.mean(0)
     # Without another LAX: the plane through the middle of the stack, across the line the first two share.
     across = np.cross(normal(affine), normal(middle))
-    choices = [(normal(a), a[:3, 3]) for a, view in zip(planes.affines, others.views) if view != "sax"]
+    lax = lv_views(others.views)
+    choices = [(normal(planes.affines[n]), planes.affines[n, :3, 3]) for n in lax]
     square = lambda n: abs(across @ n)
     third = max(choices, key=lambda c: square(c[0]), default=(across, centre))
     if square(third[0]) < 0.2 * np.linalg.norm(across): third = (across, centre)
@@ -239,7 +248,7 @@ def register_in_plane(
     reach=5.0, # mm: the longest translation
     turn=5.0,  # degrees: the largest rotation
 ):
-    "Shift (i, j mm) and turn (degrees, about the region's middle) of the prediction that agree best (NCC) with the target."
+    "Shift (i, j mm) and turn (degrees, about the region's middle) where a prediction best agrees (NCC) with a target."
     spline = ndimage.spline_filter(np.asarray(image, np.float64), order=3, mode="nearest")
     j, i = np.nonzero(region)
     middle = (np.array(image.shape[::-1]) - 1) / 2
@@ -291,7 +300,7 @@ def predict(
     planes,  # Planes
     poses=None, # (N, 6) mm and degrees
 ):
-    "What the scanner would have measured of a volume at the planes (N, H, W); what lies outside the grid is its border's."
+    "What the scanner would have measured of a volume at the planes (N, H, W); outside the grid, its border goes on."
     volume, grid = widened(np.asarray(volume, np.float32), grid)
     poses = None if poses is None else torch.as_tensor(np.asarray(poses, np.float64))
     return SliceOperator(grid, planes).A(torch.as_tensor(volume), poses).numpy()
@@ -301,7 +310,7 @@ FEWEST_PIXELS = 100  # fewer than these say nothing
 
 
 def compare(image, target, region):
-    "NCC, PSNR and SSIM of a prediction after the best gain and offset, as a dict; NaN where there is too little to compare."
+    "NCC, PSNR and SSIM of a prediction after the best gain and offset; NaN where there is too little to compare."
     if region.sum() < FEWEST_PIXELS: return dict(ncc=np.nan, psnr=np.nan, ssim=np.nan)
     gain, offset = best_line(np.asarray(image, np.float64)[region], np.asarray(target, np.float64)[region])
     peak, fitted = peak_of(target, region), gain * image + offset
@@ -312,7 +321,8 @@ def compare(image, target, region):
 @dataclass
 class HoldOut:
     "Held-out slices, what was predicted of them, and the scores."
-    table: list              # one dict a slice: view, slice, ncc, psnr, ssim (registered), the same with _header, shift_mm, turn_deg, pixels
+    table: list              # a dict a slice: view, slice, ncc, psnr, ssim (registered), the same with _header (not),
+                             # shift_mm, turn_deg, pixels
     measured: np.ndarray     # (N, H, W)
     header: np.ndarray       # (N, H, W) predicted at the header's pose
     registered: np.ndarray   # (N, H, W) predicted after registration

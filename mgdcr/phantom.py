@@ -230,7 +230,7 @@ def sample_offsets(
     thickness,  # mm: full width at half maximum of the slab
     pixel,      # mm
 ):
-    "Offsets (n, 3) in mm along pixel columns, rows and normal: a slab with soft shoulders, a pixel-wide spread in plane."
+    "Offsets (n, 3) in mm along columns, rows and normal: a slab with soft shoulders, a pixel-wide spread in plane."
     g = 1.2207440846  # the root of x^4 = x + 1
     r = np.mod(0.5 + np.outer(np.arange(1, n + 1), [1 / g**2, 1 / g**3, 0]), 1) - 0.5
     depth = (np.arange(n) + 0.5) / n
@@ -336,7 +336,7 @@ def truth(
     phase=0.0,  # fraction of the R-R interval
     samples=2,  # points along each voxel edge's half
 ):
-    "The heart on a grid: brightness (nk, nj, ni) and labels (1 RV cavity, 2 LV wall, 3 LV cavity), voxel means and centres."
+    "The heart on a grid: voxel means of brightness, and labels at voxel centres (1 RV cavity, 2 LV wall, 3 LV cavity)."
     points = grid.points()
     half = np.asarray(grid.spacing) / 4
     corners = np.array([[1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]][:2 * samples]) * half @ np.asarray(grid.axes)

@@ -38,10 +38,12 @@ def geometry(normal, centre, shape=(SIZE, SIZE), pixel=PIXEL):
 
 def dataset(path, storage=MRImageStorage, syntax=ExplicitVRLittleEndian, **values):
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = syntax, storage, generate_uid()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, storage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
     ds = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
-    common = dict(SOPClassUID=storage, SOPInstanceUID=meta.MediaStorageSOPInstanceUID, Modality="MR", PatientID="p", SamplesPerPixel=1,
-                  PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=0)
+    common = dict(SOPClassUID=storage, SOPInstanceUID=meta.MediaStorageSOPInstanceUID, Modality="MR", PatientID="p",
+                  SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16,
+                  HighBit=15, PixelRepresentation=0)
     for key, value in (common | values).items(): setattr(ds, key, value)
     return ds
 
@@ -51,14 +53,16 @@ def save(ds, path):
     ds.save_as(path, enforce_file_format=True)
 
 
-def write_slice(folder, number, normal, centre, frames=FRAMES, shape=(SIZE, SIZE), pixel=PIXEL, rr=900.0, description="", image=ring, **more):
+def write_slice(folder, number, normal, centre, frames=FRAMES, shape=(SIZE, SIZE), pixel=PIXEL, rr=900.0,
+                description="", **more):
     "One series of one slice, one file a frame."
     position, orientation = geometry(normal, centre, shape, pixel)
     for t in range(frames):
-        pixels = image(t, frames, shape, pixel).astype(np.uint16)
-        values = dict(SeriesInstanceUID=f"1.2.3.{number}", SeriesNumber=number, InstanceNumber=t + 1, SeriesDescription=description,
-                      ImagePositionPatient=position, ImageOrientationPatient=orientation, PixelSpacing=[pixel, pixel], SliceThickness=8,
-                      Rows=shape[0], Columns=shape[1], TriggerTime=t*rr/frames, NominalInterval=int(rr), PixelData=pixels.tobytes())
+        pixels = ring(t, frames, shape, pixel).astype(np.uint16)
+        values = dict(SeriesInstanceUID=f"1.2.3.{number}", SeriesNumber=number, InstanceNumber=t + 1,
+                      SeriesDescription=description, SliceThickness=8, PixelSpacing=[pixel, pixel],
+                      ImagePositionPatient=position, ImageOrientationPatient=orientation, Rows=shape[0],
+                      Columns=shape[1], TriggerTime=t*rr/frames, NominalInterval=int(rr), PixelData=pixels.tobytes())
         path = Path(folder)/f"{number}_{frames - t}.dcm"
         save(dataset(path, **(values | more)), path)
 
@@ -86,7 +90,8 @@ def write_enhanced(path, number, slices, frames=FRAMES):
         group = Dataset()
         group.PlanePositionSequence = item(ImagePositionPatient=position)
         group.PlaneOrientationSequence = item(ImageOrientationPatient=orientation)
-        group.CardiacSynchronizationSequence = item(NominalCardiacTriggerDelayTime=t*850.0/frames, RRIntervalTimeNominal=850.0)
+        group.CardiacSynchronizationSequence = item(NominalCardiacTriggerDelayTime=t*850.0/frames,
+                                                    RRIntervalTimeNominal=850.0)
         group.PixelValueTransformationSequence = item(RescaleSlope=0.5, RescaleIntercept=float(s), RescaleType="US")
         groups.append(group)
         pixels.append(ring(t, frames).astype(np.uint16))
@@ -94,7 +99,8 @@ def write_enhanced(path, number, slices, frames=FRAMES):
     shared.PixelMeasuresSequence = item(PixelSpacing=[PIXEL, PIXEL], SliceThickness=8.0)
     shared.MRFOVGeometrySequence = item(InPlanePhaseEncodingDirection="COLUMN", MRAcquisitionFrequencyEncodingSteps=48,
                                         MRAcquisitionPhaseEncodingStepsInPlane=32)
-    ds = dataset(path, EnhancedMRImageStorage, SeriesInstanceUID=f"1.2.3.{number}", SeriesNumber=number, InstanceNumber=1,
-                 NumberOfFrames=len(places), Rows=SIZE, Columns=SIZE, PixelData=np.stack(pixels).tobytes())
+    ds = dataset(path, EnhancedMRImageStorage, SeriesInstanceUID=f"1.2.3.{number}", SeriesNumber=number,
+                 InstanceNumber=1, NumberOfFrames=len(places), Rows=SIZE, Columns=SIZE,
+                 PixelData=np.stack(pixels).tobytes())
     ds.PerFrameFunctionalGroupsSequence, ds.SharedFunctionalGroupsSequence = Sequence(groups), Sequence([shared])
     save(ds, path)

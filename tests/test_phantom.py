@@ -1,4 +1,4 @@
-"The made-up study: the same seed gives the same study, its planes lie where a radiographer would put them, its truth fits."
+"The made-up study: the same seed gives the same study, its planes lie as a radiographer plans them, its truth fits."
 import numpy as np
 import pytest
 
