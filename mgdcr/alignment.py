@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Crossings', 'view_gains', 'cauchy', 'spread', 'Motion', 'smoothed', 'line_energy', 'folds', 'coarse', 'volume_energy',
-           'Alignment', 'align']
+           'Alignment', 'align', 'prove_on_phantoms', 'planted', 'prove_on_study']
 
 # %% ../nbs/05_alignment.ipynb #c003
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 import numpy as np
@@ -240,3 +240,54 @@ def _refine(motion, slices, grid, lines, images, keep, length, solver, gains, li
     line = line_energy(lines, images, keep, length, poses)
     volume = volume_energy(thin, half, small, poses, solver, grid.centre, .8 * lines.radius, 3 * length)
     motion.minimise(lambda p: line(p) + volume(p), 15)
+
+# %% ../nbs/05_alignment.ipynb #c019
+def prove_on_phantoms(record=None, seeds=range(200, 206)) -> list:
+    "Planted shifts of made-up studies, found again in several ways: a dict a seed and way."
+    from mgdcr.phantom import phantom_study   # only here: made-up studies come later in the chain
+    from mgdcr.solvers import tv
+    rows = []
+    for seed in seeds:
+        study = phantom_study(seed, shifts_mm=2.)
+        grid = study.grid(); every = study.slices(study.phase("ED"), grid)
+        ways = {"as planted": (every, None), "raw pixels": (every, dict(slabs=False)), "matched slabs": (every, {}),
+                "one LAX view, as planted": (every.select("sax", "lax_4ch"), None), "one LAX view": (every.select("sax", "lax_4ch"), {}),
+                "one LAX view, slice to volume": (every.select("sax", "lax_4ch"), dict(solver=tv, refine=1))}
+        for way, (slices, options) in ways.items():
+            true = np.array([study.reference_poses[v][n] for v, n in zip(slices.views, slices.index)])
+            poses = np.zeros_like(true) if options is None else align(slices, grid, **options).poses
+            parts = pose_residuals(poses, true, slices.planes, grid.centre)
+            rows.append(dict(seed=seed, way=way, in_plane=float(np.sqrt((parts[0]**2).mean())), through=float(np.sqrt((parts[1]**2).mean()))))
+    if record: Path(record).write_text(json.dumps(rows, indent=0) + "\n")
+    return rows
+
+# %% ../nbs/05_alignment.ipynb #c022
+def planted(slices: Slices, shifts: np.ndarray) -> Slices:
+    "The slices with headers that are off by −`shifts` (N, 3) mm: an alignment should find `shifts` more than before."
+    poses = np.concatenate([-shifts, np.zeros_like(shifts)], 1)
+    return replace(slices, planes=apply_poses(slices.planes, poses))
+
+def prove_on_study(folder, record=None, draws: int = 3) -> dict:
+    "Crossings before, after and left out; planted shifts found again."
+    from mgdcr.study import Study
+    study = Study.load(folder)
+    grid = study.grid(); slices = study.slices(study.phase("ED"), grid)
+    found = align(slices, grid)
+    lines = Crossings(slices, grid.centre)
+    out = [align(slices, grid, without=(pair,)).poses for pair in lines.pairs]
+    names = [f"{v} {n + 1}" if v == "sax" else v for v, n in zip(slices.views, slices.index)]
+    crossings = [dict(a=names[c["a"]], b=names[c["b"]], before=c["ncc_before"], after=c["ncc_after"], left_out=float(lines.ncc(p)[k]))
+                 for k, (c, p) in enumerate(zip(found.crossings, out))]
+    depth = study.long_axis().s(slices.planes.centres)
+    lv = np.array([0 < s < 1 if v == "sax" else "_2ch_" not in v for v, s in zip(slices.views, depth)])
+    rng, rows = np.random.default_rng(0), []
+    for draw in range(draws):
+        shifts = rng.normal(scale=2., size=(len(slices), 3))
+        moved = planted(slices, shifts)
+        true = found.poses + np.concatenate([shifts, np.zeros_like(shifts)], 1)
+        for way, poses in {"as planted": found.poses, "found": align(moved, grid).poses}.items():
+            parts = pose_residuals(poses[lv], true[lv], moved.planes[lv], grid.centre)
+            rows.append(dict(draw=draw, way=way, in_plane=float(np.sqrt((parts[0]**2).mean())), through=float(np.sqrt((parts[1]**2).mean()))))
+    result = dict(crossings=crossings, planted=rows, poses=dict(zip(names, found.poses.round(2).tolist())), lv=[n for n, x in zip(names, lv) if x])
+    if record: Path(record).write_text(json.dumps(result, indent=0) + "\n")
+    return result

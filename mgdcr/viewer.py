@@ -7,8 +7,9 @@ __all__ = ['COLOURS', 'OTHER', 'NOTHING', 'ARROW', 'LINKED', 'RENDERED', 'colour
            'panel', 'draw_planes', 'middle_of', 'window_of', 'points_on', 'cut', 'ray_cast', 'draw_triad', 'viewpoint',
            'views_in_space', 'residual_images', 'to_sax_units', 'example_slices', 'framed', 'volume_beside_input',
            'long_cut', 'stack_cut', 'stack_strip', 'stack_figure', 'residual_figure', 'residual_rows',
-           'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'loss_figure', 'Scene', 'as_planes',
-           'png', 'browse', 'browse3d']
+           'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'prediction_figure', 'small_png',
+           'furthest_turn', 'turn_of', 'overview_figure', 'loss_figure', 'Scene', 'as_planes', 'png', 'browse',
+           'browse3d']
 
 # %% ../nbs/07_viewer.ipynb #c003
 import io
@@ -522,6 +523,111 @@ def holdout_figure(
     return fig
 
 # %% ../nbs/07_viewer.ipynb #c040
+def prediction_figure(
+    found,   # method → metrics.HoldOut of one view
+    which=0, # which of its slices
+):
+    "A held-out slice beside what each method predicted of it, and below what is left."
+    first = next(iter(found.values()))
+    affine, region, measured = first.planes.affines[which], first.region[which], first.measured[which]
+    used = region if region.any() else np.ones_like(region)
+    about = affine[:3, 3] + affine[:3, :2] @ np.argwhere(used).mean(0)[::-1]
+    window = tuple(np.percentile(measured[used], [1, 99.5]))
+    quarter = 0.25 * (window[1] - window[0])
+    fig, axes = plt.subplots(2, 1 + len(found), figsize=(2.9 * (1 + len(found)), 6.1), layout="constrained", sharex=True,
+                             sharey=True, squeeze=False)
+    ring = dict(colors="#ffd166", linewidths=0.7, origin="upper", extent=extent(affine, region.shape, about))
+    panel(axes[0, 0], measured, affine, about, window)
+    axes[0, 0].set_title(f"{title(first[which]['view'], first[which]['slice'])}, acquired and held out\n", fontsize=9)
+    for (top, bottom), (name, scores) in zip(axes.T[1:], found.items()):
+        row, image = scores[which], scores.registered[which]
+        image = np.polyval(np.polyfit(image[used], measured[used], 1), image)
+        panel(top, np.where(scores.seen[which], image, np.nan), affine, about, window)
+        top.set_title(f"predicted, {name}\nNCC {row['ncc']:.3f}, {row['psnr']:.1f} dB", fontsize=9)
+        drawn = panel(bottom, np.where(region, measured - image, np.nan), affine, about, (-quarter, quarter), cmap="RdBu_r")
+        bottom.set_title("acquired − predicted", fontsize=9)
+    if region.any():
+        for ax in axes[0]: ax.contour(region, [0.5], **ring)
+    framed(fig, drawn, "units of the held-out series")
+    axes[1, 0].axis("off")
+    for ax in (axes[0, 0], axes[1, 1]): ax.set_ylabel("mm", fontsize=8)
+    return fig
+
+
+def small_png(figure, path, dpi=90):
+    "Write a figure as a PNG of 256 colours: small, and for grey images as good."
+    from PIL import Image
+    file = io.BytesIO()
+    figure.savefig(file, dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+# %% ../nbs/07_viewer.ipynb #c043
+def furthest_turn(
+    grid,    # Grid
+    slices,  # Slices
+):
+    "The turn (degrees, as for `long_cut`) of the long-axis plane that is furthest from every acquired one."
+    normals = slices.planes.normals[lv_views(slices.views)] @ grid.axes.T
+    taken = np.degrees(np.arctan2(normals[:, 1], normals[:, 0])) + 90
+    turns = np.arange(0, 180, 5)
+    away = np.abs((turns[:, None] - taken + 90) % 180 - 90)
+    return float(turns[np.argmax(away.min(1))]) if len(taken) else 0.0
+
+
+def turn_of(
+    grid,    # Grid
+    affine,  # (4, 4) of a long-axis slice
+):
+    "The turn (degrees, as for `long_cut`) of a long-axis slice."
+    x, y, _ = grid.axes @ affine[:3, 2]
+    return float((np.degrees(np.arctan2(y, x)) + 90 + 90) % 180 - 90)
+
+
+def overview_figure(
+    slices,  # Slices of one phase
+    grid,    # Grid
+    volumes, # name → (nk, nj, ni), SAX units
+    truth=None, # (nk, nj, ni) on the same grid
+    reach=68.0, # mm shown either side
+):
+    "Columns: the SAX stack as acquired, each volume, the truth; rows: a SAX and two long-axis cuts, and the last one's error."
+    window, about = window_of(slices), middle_of(slices, grid)
+    shown = volumes | ({} if truth is None else {"truth": truth})
+    planes, k = slices.planes, grid.axes[2]
+    sax = [n for n, view in enumerate(slices.views) if view == "sax"]
+    height = np.sort([(planes.centres[n] - about) @ k for n in sax])
+    gaps = (height[1:] + height[:-1]) / 2
+    between = float(gaps[np.argmin(np.abs(gaps))])                  # half-way between two acquired slices
+    like = planes.affines[sax[0]]
+    n, step = int(2 * reach / 0.7) + 1, 0.7
+    across = np.eye(4)
+    across[:3, :2], across[:3, 2] = step * like[:3, :2] / np.linalg.norm(like[:3, :2], axis=0), like[:3, 2]
+    across[:3, 3] = about + between * k - across[:3, :2].sum(1) * (n - 1) / 2
+    lax = lv_views(slices.views)
+    named = [m for m in lax if slices.views[m] == "lax_4ch"] or lax
+    turns = [turn_of(grid, planes.affines[named[0]]) if named else 0.0, furthest_turn(grid, slices)]
+    cuts = {"short axis, half-way\nbetween two slices": (across, (n, n)),
+            f"the plane of the\n{title(slices.views[named[0]]) if named else 'i'} view": long_cut(grid, about, turns[0], reach),
+            "long axis, where\nno view was taken": long_cut(grid, about, turns[1], reach)}
+    rows, columns = len(cuts) + (truth is not None), 1 + len(shown)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.35 * columns + 0.5, 2.3 * rows), layout="constrained", sharex=True, sharey=True)
+    for row, (name, (affine, shape)) in zip(axes, cuts.items()):
+        pictures = [stack_cut(slices, planes, affine, shape), *(cut(v, grid, affine, shape) for v in shown.values())]
+        for ax, image in zip(row, pictures): panel(ax, image, affine, about, window, reach)
+        if name.startswith("short") and np.isnan(pictures[0]).all():
+            row[0].text(0, 0, "nothing was\nacquired here", color="white", ha="center", va="center", fontsize=9)
+        row[0].set_ylabel(f"{name}\nmm", fontsize=8)
+    for ax, name in zip(axes[0], ("SAX stack as acquired", *shown)): ax.set_title(name, fontsize=9)
+    if truth is not None:
+        half = 0.5 * (window[1] - window[0])
+        for ax, image in zip(axes[-1, 1:-1], pictures[1:-1]):
+            drawn = panel(ax, np.abs(image - pictures[-1]), affine, about, (0, half), reach, cmap="magma", sides=False)
+        axes[-1, 1].set_ylabel("error of the\ncut above, mm", fontsize=8)
+        for ax in (axes[-1, 0], axes[-1, -1]): ax.axis("off")
+        framed(fig, drawn, "|volume − truth|, SAX units")
+    return fig
+
+# %% ../nbs/07_viewer.ipynb #c046
 def loss_figure(
     losses,  # a list of dicts with loss and seconds, or name → such a list
     against="seconds",  # or "round"
@@ -532,7 +638,8 @@ def loss_figure(
     fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
     for name, rows in runs.items():
         above = np.array([row["loss"] for row in rows]) / best - 1
-        ax.semilogy([row[against] for row in rows], np.maximum(above, 1e-7), "o-", ms=3, lw=1.2, label=name)
+        above[above <= 0] = np.nan  # the best itself has no place on a logarithmic scale
+        ax.semilogy([row[against] for row in rows], above, "o-", ms=3, lw=1.2, label=name)
     ax.set_xlabel({"seconds": "seconds", "round": "round"}[against], fontsize=9)
     ax.set_ylabel("loss above the best, relative", fontsize=9)
     ax.tick_params(labelsize=8)
@@ -540,7 +647,7 @@ def loss_figure(
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     return fig
 
-# %% ../nbs/07_viewer.ipynb #c044
+# %% ../nbs/07_viewer.ipynb #c050
 class Scene:
     "A study and its reconstruction, ready to be drawn at any cut, frame and window."
     def __init__(self,
@@ -663,7 +770,7 @@ def browse(
     box.controls, box.picture, box.scene = controls, picture, scene
     return box
 
-# %% ../nbs/07_viewer.ipynb #c051
+# %% ../nbs/07_viewer.ipynb #c057
 def browse3d(
     reconstruction, # Reconstruction
     height=560,     # pixels
