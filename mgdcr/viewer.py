@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 
 from .geometry import Planes, SliceOperator, apply_poses, crossing, sample_plane, sample_volume
-from .metrics import lv_views, meeting_point
+from .metrics import fit_to_truth, lv_views, meeting_point
 
 # %% ../nbs/07_viewer.ipynb #c007
 COLOURS = dict(sax="#4cc9f0", lax_2ch="#ffb703", lax_3ch="#ff5d8f", lax_4ch="#7bd389")
@@ -380,7 +380,10 @@ def stack_figure(
     fig = plt.figure(figsize=(7.0 if truth is None else 10.0, sum(heights)), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=heights)
     stack_strip(top, slices, about, window)
-    names = ["stack as acquired", "volume", "truth", "|volume − truth|"][:columns]
+    names = ["stack as acquired", "volume", "truth", "|volume − truth|, shift taken out"][:columns]
+    if truth is not None:  # slices tell where they lie among themselves, not in the room: one shift is nobody's error
+        near = np.linalg.norm(grid.points() - about, axis=-1) < 60
+        fitted = fit_to_truth(volume, truth, grid, near).volume
     for row, degrees in zip(bottom.subplots(2, columns, sharex=True, sharey=True), (0, 90)):
         affine, shape = long_cut(grid, about, degrees)
         steps, dense = stack_cut(slices, planes, affine, shape), cut(volume, grid, affine, shape)
@@ -388,7 +391,7 @@ def stack_figure(
         for ax, image in zip(row, pictures): panel(ax, image, affine, about, window)
         if truth is not None:
             half = 0.5 * (window[1] - window[0])
-            error = panel(row[3], np.abs(pictures[2] - dense), affine, about, (0, half), cmap="magma")
+            error = panel(row[3], np.abs(pictures[2] - cut(fitted, grid, affine, shape)), affine, about, (0, half), cmap="magma")
             framed(bottom, error, "SAX units")
         row[0].set_ylabel("mm", fontsize=8)
         if degrees == 0:
@@ -607,24 +610,30 @@ def overview_figure(
     named = [m for m in lax if slices.views[m] == "lax_4ch"] or lax
     turns = [turn_of(grid, planes.affines[named[0]]) if named else 0.0, furthest_turn(grid, slices)]
     cuts = {"short axis, half-way\nbetween two slices": (across, (n, n)),
-            f"the plane of the\n{title(slices.views[named[0]]) if named else 'i'} view": long_cut(grid, about, turns[0], reach),
+            f"long axis, along\n{title(slices.views[named[0]]) if named else 'the rows'}": long_cut(grid, about, turns[0], reach),
             "long axis, where\nno view was taken": long_cut(grid, about, turns[1], reach)}
     rows, columns = len(cuts) + (truth is not None), 1 + len(shown)
     fig, axes = plt.subplots(rows, columns, figsize=(2.35 * columns + 0.5, 2.3 * rows), layout="constrained", sharex=True, sharey=True)
     for row, (name, (affine, shape)) in zip(axes, cuts.items()):
         pictures = [stack_cut(slices, planes, affine, shape), *(cut(v, grid, affine, shape) for v in shown.values())]
         for ax, image in zip(row, pictures): panel(ax, image, affine, about, window, reach)
-        if name.startswith("short") and np.isnan(pictures[0]).all():
-            row[0].text(0, 0, "nothing was\nacquired here", color="white", ha="center", va="center", fontsize=9)
+    nearest = min(sax, key=lambda m: abs((planes.centres[m] - about) @ k - between))
+    panel(axes[0, 0], to_sax_units(slices)[nearest], planes.affines[nearest], about, window, reach, sides=False)
+    off = abs((planes.centres[nearest] - about) @ k - between)
+    axes[0, 0].text(0.5, 0.13, f"nearest slice, {off:.0f} mm away", transform=axes[0, 0].transAxes, color="white", fontsize=7,
+                    ha="center", path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")])
+    for row, name in zip(axes, cuts):
         row[0].set_ylabel(f"{name}\nmm", fontsize=8)
     for ax, name in zip(axes[0], ("SAX stack as acquired", *shown)): ax.set_title(name, fontsize=9)
     if truth is not None:
         half = 0.5 * (window[1] - window[0])
         for ax, image in zip(axes[-1, 1:-1], pictures[1:-1]):
-            drawn = panel(ax, np.abs(image - pictures[-1]), affine, about, (0, half), reach, cmap="magma", sides=False)
-        axes[-1, 1].set_ylabel("error of the\ncut above, mm", fontsize=8)
+            drawn = panel(ax, np.abs(image - pictures[-1]), affine, about, (0, half), reach, sides=False)
         for ax in (axes[-1, 0], axes[-1, -1]): ax.axis("off")
-        framed(fig, drawn, "|volume − truth|, SAX units")
+        axes[-1, 0].text(0.95, 0.5, "error of the cut above\n(black: none)", fontsize=8, transform=axes[-1, 0].transAxes, ha="right", va="center")
+        bar = fig.colorbar(drawn, cax=axes[-1, -1].inset_axes([0.02, 0.08, 0.06, 0.84]))
+        bar.set_label("|volume − truth|, SAX units", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     return fig
 
 # %% ../nbs/07_viewer.ipynb #c046
