@@ -547,7 +547,8 @@ def prediction_figure(
         image = np.polyval(np.polyfit(image[used], measured[used], 1), image)
         panel(top, np.where(scores.seen[which], image, np.nan), affine, about, window)
         top.set_title(f"predicted, {name}\nNCC {row['ncc']:.3f}, {row['psnr']:.1f} dB", fontsize=9)
-        drawn = panel(bottom, np.where(region, measured - image, np.nan), affine, about, (-quarter, quarter), cmap="RdBu_r")
+        left = np.where(region, measured - image, np.nan)
+        drawn = panel(bottom, left, affine, about, (-quarter, quarter), cmap="RdBu_r")
         bottom.set_title("acquired − predicted", fontsize=9)
     if region.any():
         for ax in axes[0]: ax.contour(region, [0.5], **ring)
@@ -593,7 +594,7 @@ def overview_figure(
     truth=None, # (nk, nj, ni) on the same grid
     reach=68.0, # mm shown either side
 ):
-    "Columns: the SAX stack as acquired, each volume, the truth; rows: a SAX and two long-axis cuts, and the last one's error."
+    "The SAX stack as acquired, each volume, the truth: a SAX cut, two long-axis cuts, and the last one's error."
     window, about = window_of(slices), middle_of(slices, grid)
     shown = volumes | ({} if truth is None else {"truth": truth})
     planes, k = slices.planes, grid.axes[2]
@@ -613,15 +614,16 @@ def overview_figure(
             f"long axis, along\n{title(slices.views[named[0]]) if named else 'the rows'}": long_cut(grid, about, turns[0], reach),
             "long axis, where\nno view was taken": long_cut(grid, about, turns[1], reach)}
     rows, columns = len(cuts) + (truth is not None), 1 + len(shown)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.35 * columns + 0.5, 2.3 * rows), layout="constrained", sharex=True, sharey=True)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.35 * columns + 0.5, 2.3 * rows), layout="constrained",
+                             sharex=True, sharey=True)
     for row, (name, (affine, shape)) in zip(axes, cuts.items()):
         pictures = [stack_cut(slices, planes, affine, shape), *(cut(v, grid, affine, shape) for v in shown.values())]
         for ax, image in zip(row, pictures): panel(ax, image, affine, about, window, reach)
     nearest = min(sax, key=lambda m: abs((planes.centres[m] - about) @ k - between))
     panel(axes[0, 0], to_sax_units(slices)[nearest], planes.affines[nearest], about, window, reach, sides=False)
     off = abs((planes.centres[nearest] - about) @ k - between)
-    axes[0, 0].text(0.5, 0.13, f"nearest slice, {off:.0f} mm away", transform=axes[0, 0].transAxes, color="white", fontsize=7,
-                    ha="center", path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")])
+    axes[0, 0].text(0.5, 0.13, f"nearest slice, {off:.0f} mm away", transform=axes[0, 0].transAxes, color="white",
+                    fontsize=7, ha="center", path_effects=[patheffects.withStroke(linewidth=1.5, foreground="black")])
     for row, name in zip(axes, cuts):
         row[0].set_ylabel(f"{name}\nmm", fontsize=8)
     for ax, name in zip(axes[0], ("SAX stack as acquired", *shown)): ax.set_title(name, fontsize=9)
@@ -630,7 +632,8 @@ def overview_figure(
         for ax, image in zip(axes[-1, 1:-1], pictures[1:-1]):
             drawn = panel(ax, np.abs(image - pictures[-1]), affine, about, (0, half), reach, sides=False)
         for ax in (axes[-1, 0], axes[-1, -1]): ax.axis("off")
-        axes[-1, 0].text(0.95, 0.5, "error of the cut above\n(black: none)", fontsize=8, transform=axes[-1, 0].transAxes, ha="right", va="center")
+        axes[-1, 0].text(0.95, 0.5, "error of the cut above\n(black: none)", fontsize=8, ha="right", va="center",
+                         transform=axes[-1, 0].transAxes)
         bar = fig.colorbar(drawn, cax=axes[-1, -1].inset_axes([0.02, 0.08, 0.06, 0.84]))
         bar.set_label("|volume − truth|, SAX units", fontsize=8)
         bar.ax.tick_params(labelsize=7)
