@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Solution', 'posed', 'nearest', 'linear', 'cubic', 'derivatives', 'differences', 'variation2', 'weighted_normal',
-           'weighted_products', 'weighted_diagonal', 'DataTerm', 'tv_objective', 'tv', 'adam', 'benchmark']
+           'weighted_products', 'weighted_bands', 'factor_columns', 'solve_columns', 'DataTerm', 'tv_objective', 'tv',
+           'adam', 'benchmark']
 
 # %% ../nbs/04_solvers.ipynb #c003
 import json, time
@@ -113,12 +114,38 @@ def weighted_products(fields: list, u: torch.Tensor, kappa: float) -> torch.Tens
         for m, b in enumerate(D[:n + 1]): M[n, m] = M[m, n] = sum(torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(weighted, b))
     return M
 
-def weighted_diagonal(u: torch.Tensor, kappa: float) -> torch.Tensor:
-    "The diagonal of Dᵀ diag(u) D."
-    out = torch.zeros_like(u)
+def weighted_bands(u: torch.Tensor, kappa: float) -> tuple:
+    "Of Dᵀ diag(u) D: the diagonal, and what couples each voxel to the next and the next but one along the axis."
+    diagonal, one, two = (torch.zeros_like(u) for _ in range(3))
     for axis, weight, taps in derivatives(kappa):
-        for t, part in zip(taps, _shares(out, axis, taps)): part.add_(_home(u, axis, taps), alpha=(weight * t) ** 2)
-    return out
+        flow = weight**2 * _home(u, axis, taps)
+        for t, part in zip(taps, _shares(diagonal, axis, taps)): part.add_(flow, alpha=t * t)
+        if axis == 0:
+            one[:-2] -= 2 * flow; one[1:-1] -= 2 * flow; two[:-2] += flow
+    return diagonal, one, two
+
+def factor_columns(diagonal: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> tuple:
+    "L D Lᵀ of the pentadiagonal matrices along the first axis, all columns at once."
+    d, l1, l2 = diagonal.clone(), torch.zeros_like(one), torch.zeros_like(two)
+    for k in range(len(d)):
+        if k > 0: d[k] -= l1[k - 1] ** 2 * d[k - 1]
+        if k > 1: d[k] -= l2[k - 2] ** 2 * d[k - 2]
+        l1[k] = (one[k] - (l2[k - 1] * d[k - 1] * l1[k - 1] if k > 0 else 0)) / d[k]
+        l2[k] = two[k] / d[k]
+    return d, l1, l2
+
+def solve_columns(factors: tuple, r: torch.Tensor) -> torch.Tensor:
+    "Solve with what `factor_columns` returned."
+    d, l1, l2 = factors
+    x = r.clone()
+    for k in range(1, len(x)):
+        x[k].addcmul_(l1[k - 1], x[k - 1], value=-1)
+        if k > 1: x[k].addcmul_(l2[k - 2], x[k - 2], value=-1)
+    x /= d
+    for k in range(len(x) - 2, -1, -1):
+        x[k].addcmul_(l1[k], x[k + 1], value=-1)
+        if k < len(x) - 2: x[k].addcmul_(l2[k], x[k + 2], value=-1)
+    return x
 
 # %% ../nbs/04_solvers.ipynb #c013
 class DataTerm:
@@ -210,15 +237,15 @@ def tv(slices: Slices,
        save_every: int = 0,  # keep the volume every so many rounds
        **_) -> Solution:
     "Edge-preserving regularised least squares on all slices (see above)."
-    start = time.perf_counter()
     data = DataTerm(slices, grid, poses, device, model_sd)
     volume = data.from_units(cubic(slices, grid, poses).volume if init is None else init)
     seen, step, losses, stages, last = data.op.A(volume), None, [], [], np.inf
-    data_diagonal = data.diagonal()
+    data_diagonal, start = data.diagonal(), time.perf_counter()
     for m in range(rounds):
         data.fit_gains(seen)
-        diagonal = data_diagonal + weighted_diagonal(lam * (variation2(volume, kappa) + eps**2).rsqrt(), kappa)
-        for _ in range(10): volume, seen, step = _memory_gradient(data, volume, seen, step, diagonal, lam, eps, kappa)
+        diagonal, *off = weighted_bands(lam * (variation2(volume, kappa) + eps**2).rsqrt(), kappa)
+        columns = factor_columns(diagonal + data_diagonal, *off)
+        for _ in range(10): volume, seen, step = _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa)
         J = tv_objective(data, volume, seen, lam, eps, kappa).item()
         losses.append(dict(round=m + 1, loss=J, seconds=time.perf_counter() - start))
         if callback: callback(losses[-1])
@@ -227,11 +254,11 @@ def tv(slices: Slices,
         last = J
     return Solution(data.to_units(volume), *data.gains(), losses, stages)
 
-def _memory_gradient(data, volume, seen, step, diagonal, lam, eps, kappa) -> tuple:
+def _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa) -> tuple:
     "One iteration: the parabola's lowest point on the plane of the preconditioned gradient and the last step (a pair: step, A step)."
     u = lam * (variation2(volume, kappa) + eps**2).rsqrt()
     gradient = data.gradient(seen) + weighted_normal(volume, u, kappa)
-    down = -gradient / diagonal
+    down = -solve_columns(columns, gradient)
     plane = [(down, data.op.A(down))] + ([step] if step else [])
     fields, images = zip(*plane)
     M = data.products(images) + weighted_products(fields, u, kappa)
