@@ -161,7 +161,7 @@ def volume_energy(slices: Slices, grid: Grid, images: torch.Tensor, poses: torch
     terms = []
     for fold in folds(slices):
         rest = np.setdiff1d(np.arange(len(slices)), fold)
-        if not any(slices.views[n] == "sax" for n in rest) or sum(slices.views[n] == "sax" for n in rest) < 2: continue
+        if sum(slices.views[n] == "sax" for n in rest) < 2: continue     # too little for a volume
         volume = solver(slices[rest], grid, poses=poses[rest].numpy()).volume
         op = SliceOperator(grid, slices.planes[fold])
         near = np.linalg.norm(_pixel_places(slices.planes[fold]) - np.asarray(centre), axis=-1) < radius
