@@ -55,7 +55,9 @@ def papermill(folder, *args, terminal=True, stdin=None, program=PAPERMILL):
 def started(folder, *args):
     "A run that waits half way, with something half written."
     process = subprocess.Popen([*PAPERMILL, "nbs/job.ipynb", "-p", "action", "wait", *args], cwd=folder, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                               # a shell's background job ignores Ctrl-C and hands that on: here it must count
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     while not (folder/"results/.phantom-7.partial/half").exists():
         assert process.poll() is None and time.time() < deadline
