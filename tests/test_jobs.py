@@ -166,6 +166,7 @@ def test_interrupted(project, how):
 
 
 def test_importing_it_costs_nothing():
-    code = "import sys, time; t = time.perf_counter(); import mgdcr.jobs; print(time.perf_counter() - t, 'torch' in sys.modules, 'numpy' in sys.modules)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in runs) < 0.05 and runs[0][1:] == ["False", "False"]
+    "Every papermill call on the machine imports it: no torch, not even numpy."
+    code = "import sys, mgdcr.jobs; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["False", "False"], run.stderr

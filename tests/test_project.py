@@ -2,6 +2,7 @@
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -202,7 +203,9 @@ def code_blocks(language):
 
 def recipe(target):
     "What `make target` runs on a fresh machine."
-    done = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True)
+    # a make that runs these tests hands its own variables on: a reader's make has none
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON")}
+    done = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.replace(" --quiet", "")
 
