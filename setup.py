@@ -37,7 +37,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']},<3.{minor('max_python') + 1}",
     packages=[cfg["lib_name"]],
-    package_data={cfg["lib_name"]: ["weights/*"]},
+    package_data={cfg["lib_name"]: ["splits.json", "weights/*"]},
     install_requires=requirements("requirements"),
     extras_require={"dev": requirements("dev_requirements"), "dicom": requirements("dicom_requirements")},
     # papermill imports this before it reads its arguments, which lets `papermill nbs/reconstruct.ipynb -p subject X`
