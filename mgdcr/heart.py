@@ -6,20 +6,22 @@
 __all__ = ['WIDEST', 'BASE_WIDTH', 'RV_END', 'CHUNK', 'LABEL_BOX', 'ellipsoid', 'tube', 'funnel', 'smooth_min', 'least', 'inside',
            'noise', 'Look', 'profile', 'bump', 'Shape', 'lv_apex', 'infarct', 'lv_rings', 'soft_positive', 'rv_ring',
            'unit', 'Places', 'places', 'Ventricles', 'ventricles', 'papillary', 'rough', 'Around', 'around', 'Chest',
-           'surroundings', 'labels_of', 'paint', 'jets', 'chunked', 'Heart', 'integrate', 'fitted', 'digital_heart']
+           'surroundings', 'labels_of', 'paint', 'jets', 'chunked', 'Heart', 'integrate', 'fitted', 'digital_heart',
+           'cut', 'cuts', 'prove_hearts']
 
-# %% ../nbs/08_heart.ipynb #a7d3ad1b
+# %% ../nbs/08_heart.ipynb #bf2dbc40
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import toms748
 
 from .motion import Moment, moment, rings_now, to_rest, to_rest_rings, turned
 from .population import Parameters, draw
 
-# %% ../nbs/08_heart.ipynb #203266d4
+# %% ../nbs/08_heart.ipynb #ec05e515
 def ellipsoid(
     p,       # three tensors of one shape: coordinates, mm
     centre,  # (3,) mm
@@ -81,7 +83,7 @@ def inside(distance, edge):
     "Part of a small neighbourhood that lies inside a surface, 0 to 1: a ramp `edge` mm wide."
     return (0.5 - distance / edge).clamp(0, 1)
 
-# %% ../nbs/08_heart.ipynb #8fa7809c
+# %% ../nbs/08_heart.ipynb #6579e651
 @lru_cache(maxsize=8)
 def _lattice(seed, width_mm=2.0, n=96):
     "(1, 1, n+1, n+1, n+1) periodic noise, one value a mm, with Gaussian correlation of `width_mm` full width at half maximum."
@@ -107,7 +109,7 @@ def noise(
     q = (q - q.floor()) * 2 - 1
     return F.grid_sample(lattice, q[None, None, None], align_corners=True)[0, 0, 0, 0]
 
-# %% ../nbs/08_heart.ipynb #63b6da08
+# %% ../nbs/08_heart.ipynb #8b27862d
 @dataclass(frozen=True)
 class Look:
     "Brightness of each tissue relative to blood, and how rough and how sharp tissue is."
@@ -127,7 +129,7 @@ class Look:
     edge_mm: float = 1.0     # width over which one tissue gives way to the next
     flow: float = 0.0        # signal lost in jets, 0 none to 1
 
-# %% ../nbs/08_heart.ipynb #930ed7e8
+# %% ../nbs/08_heart.ipynb #9d92104e
 WIDEST = 0.30    # axis position at which the LV is widest
 BASE_WIDTH = 0.55  # of the upper half: the annulus is narrower than the middle
 
@@ -191,7 +193,7 @@ def soft_positive(x, k=0.04):
     "max(x, 0) with its corner rounded, so that the outside of the heart has no crease where the cavity ends."
     return 0.5 * (x + (x * x + k * k).sqrt())
 
-# %% ../nbs/08_heart.ipynb #34692cf6
+# %% ../nbs/08_heart.ipynb #33fefdfe
 RV_END = 0.93   # axis position of the RV's apex
 
 
@@ -209,12 +211,12 @@ def rv_ring(
     b = epi * 0.96 + 0.16 * shape.rv_mm * reach
     lift = 8 * (0.35 - s).clamp_max(0.5) * reach
     x, y = c / a, sn / b
-    quad = x * x + y * y
+    quad = (x * x + y * y).clamp_min(1e-9)
     half = (off / a) * x - (lift / b) * y
     rest = (off / a) ** 2 + (lift / b) ** 2 - 1
     return (-half + (half * half - quad * rest).clamp_min(1e-6).sqrt()).clamp_min(0) / quad, (4 * reach).clamp_max(1)
 
-# %% ../nbs/08_heart.ipynb #588aa7c7
+# %% ../nbs/08_heart.ipynb #25c1276b
 def unit(v):
     "A vector of length 1 along v."
     v = np.asarray(v, float)
@@ -233,6 +235,7 @@ class Places:
     pulmonary: np.ndarray
     pulmonary_axis: np.ndarray # unit, out of the RV
     rv_free: np.ndarray        # lateral end of the tricuspid annulus
+    outflow: np.ndarray        # where the LV's outflow begins
     infundibulum: np.ndarray   # where the outflow tract leaves the RV
     apex: np.ndarray
 
@@ -243,7 +246,11 @@ def places(heart, m: Moment):
     R, b = sh.endo_mm, m.base
     E = R + sh.wall_mm
     mitral = np.array([0.20 * R, -0.18 * R, b])
-    aortic = np.array([-0.46 * R, 0.34 * R, b - 8])
+    # the outflow begins within the cavity, however narrow that is now, so that it never cuts into the septum
+    width = R * np.sqrt((1 - sh.alpha * m.squeeze) / m.lam * (1 - (WIDEST / BASE_WIDTH) ** 2))
+    begin = max(width - 0.40 * p.aorta_mm, 0.12 * R)
+    aortic = np.array([-0.80, 0.60, 0]) * min(0.52 * R, begin + 5) + [0, 0, b - 9]
+    outflow = np.array([-0.80, 0.60, 0]) * begin + [0, 0, b + 6]
     aortic_axis = unit(unit(up + 0.45 * right) + [0, 0, -0.6])
     far = -(E + 0.84 * sh.rv_mm)
     free = np.array([far, -0.12 * R, m.tricuspid - 4.0])
@@ -253,9 +260,9 @@ def places(heart, m: Moment):
     across = free - septal
     return Places(mitral, unit([-0.10, 0.06, 1]), aortic, aortic_axis, 0.5 * (free + septal),
                   unit([-across[2], 0, across[0]]) * np.sign(across[0]), pulmonary, unit(pulmonary - infundibulum), free,
-                  infundibulum, np.array([0, 0, p.length_mm + b * (1 - 1 / lv_apex(p, sh))]))
+                  outflow, infundibulum, np.array([0, 0, p.length_mm + b * (1 - 1 / lv_apex(p, sh))]))
 
-# %% ../nbs/08_heart.ipynb #df9f895e
+# %% ../nbs/08_heart.ipynb #862ee5c8
 @dataclass
 class Ventricles:
     "Distances (…) in mm at one moment, negative inside, and where the points were at end-diastole."
@@ -308,8 +315,7 @@ def ventricles(
     plane = lambda place, axis: -sum((y - float(o)) * float(n) for y, o, n in zip(x, place, axis))
     above = plane(where.mitral, where.mitral_axis)
     aortic = -plane(where.aortic, where.aortic_axis)                      # negative below the valve
-    start = where.aortic - (19 - 6 * m.squeeze) * where.aortic_axis
-    outflow = torch.maximum(tube(x, start, where.aortic + 3 * where.aortic_axis, 0.40 * p.aorta_mm, 0.37 * p.aorta_mm), aortic)
+    outflow = torch.maximum(tube(x, where.outflow, where.aortic + 3 * where.aortic_axis, 0.40 * p.aorta_mm, 0.37 * p.aorta_mm), aortic)
     cavity = torch.minimum(torch.maximum(endo, above), outflow)
     lv = torch.maximum(epi, above - 1.0)
     myocardium = torch.maximum(torch.maximum(lv, -endo), -outflow)
@@ -440,7 +446,7 @@ def around(
     body = smooth_min(smooth_min(vent.lv, vent.rv_wall, 12.0), base, 16.0)
     return Around(atria, vessels, leaflets, body)
 
-# %% ../nbs/08_heart.ipynb #afaaa62c
+# %% ../nbs/08_heart.ipynb #425de208
 @dataclass(frozen=True)
 class Chest:
     "Where the chest is, mm RAS."
@@ -518,7 +524,7 @@ def surroundings(
     image = over(image, aorta, look.blood)
     return torch.where(depth < -1, torch.zeros_like(image), image)
 
-# %% ../nbs/08_heart.ipynb #6f4abe03
+# %% ../nbs/08_heart.ipynb #85469bed
 def labels_of(vent: Ventricles):
     "(…) uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity (ACDC's numbers), 0 elsewhere."
     out = torch.zeros_like(vent.cavity, dtype=torch.uint8)
@@ -605,7 +611,7 @@ def jets(
         out = torch.maximum(out, strength * (1 - d.clamp_min(0) / r).clamp(0, 1) ** 2)
     return out
 
-# %% ../nbs/08_heart.ipynb #6353f4d4
+# %% ../nbs/08_heart.ipynb #8a9c5843
 CHUNK = 1 << 18   # points evaluated at once: few enough for memory, enough to keep two cores busy
 LABEL_BOX = (-100.0, 45.0, -50.0, 62.0, -42.0)   # u, v and the top of w within which both ventricles lie, mm
 
@@ -752,33 +758,29 @@ def fitted(
     shape,       # Shape to begin with
     step=2.0,    # mm between the points of integration
 ):
-    "The `Shape` whose volumes are the parameters': a few secant steps for each of five sizes, rounded so that machines agree."
+    "The `Shape` whose volumes are the parameters': a root for each of five sizes, rounded so that machines agree."
     p = heart.parameters
 
-    def solve(name, value, wanted, measure, phase, scale, rounds=4):
+    def solve(name, low, high, wanted, measure, phase):
         nonlocal shape
         def error(x):
             heart.shape = replace(shape, **{name: x})
             return measure(integrate(heart, heart.moment(phase), step, which)) - wanted
-        x0, e0 = value, error(value)
-        x1 = value * (1 - scale * e0 / wanted)
-        for _ in range(rounds):
-            e1 = error(x1)
-            if abs(e1) < 2e-4 * wanted or x1 == x0: break
-            x0, x1, e0 = x1, float(np.clip(x1 - e1 * (x1 - x0) / (e1 - e0 if e1 != e0 else 1e-9), 0.6 * x1, 1.5 * x1)), e1
-        shape = replace(shape, **{name: round(x1, 5)})
+        ends = error(low), error(high)
+        if ends[0] * ends[1] > 0: raise ValueError(f"No heart has the {name} that seed {p.seed} asks for ({wanted:.0f}); draw another.")
+        shape = replace(shape, **{name: round(float(toms748(error, low, high, xtol=2e-4 * high, rtol=1e-4)), 5)})
         heart.shape = shape
 
     with torch.no_grad():
         which = ("cavity",)
-        solve("endo_mm", shape.endo_mm, p.edv_ml, lambda v: v["lv_ml"], 0.0, 0.5)
+        solve("endo_mm", 0.8 * shape.endo_mm, 1.25 * shape.endo_mm, p.edv_ml, lambda v: v["lv_ml"], 0.0)
         which = ("myocardium",)
-        solve("wall_mm", shape.wall_mm, p.mass_g, lambda v: v["mass_g"], 0.0, 0.9)
+        solve("wall_mm", 2.0, 25.0, p.mass_g, lambda v: v["mass_g"], 0.0)
         which = ("cavity",)
-        solve("alpha", min(0.95, 1.03 * (1 - p.esv_ml / p.edv_ml)), p.esv_ml, lambda v: v["lv_ml"], p.es_phase, -0.5)
+        solve("alpha", 0.02, 0.97, p.esv_ml, lambda v: v["lv_ml"], p.es_phase)
         which = ("rv",)
-        solve("rv_mm", shape.rv_mm, p.rv_edv_ml, lambda v: v["rv_ml"], 0.0, 0.8)
-        solve("beta", 0.8 * (1 - p.rv_esv_ml / p.rv_edv_ml), p.rv_esv_ml, lambda v: v["rv_ml"], p.es_phase, -0.8)
+        solve("rv_mm", 8.0, 75.0, p.rv_edv_ml, lambda v: v["rv_ml"], 0.0)
+        solve("beta", -0.5, 0.97, p.rv_esv_ml, lambda v: v["rv_ml"], p.es_phase)
     return shape
 
 
@@ -788,3 +790,57 @@ def digital_heart(
 ):
     "A `Heart`: the same seed gives the same heart, to the bit of its parameters."
     return Heart(seed if isinstance(seed, Parameters) else draw(int(seed), condition))
+
+# %% ../nbs/08_heart.ipynb #8aa11bcb
+def cut(
+    heart,       # Heart, or anything with the same `intensity`
+    middle,      # (3,) mm RAS
+    across,      # (3,) unit vector, the way columns go
+    down,        # (3,) unit vector, the way rows go
+    phase=0.0,   # fraction of the R-R interval
+    size=180,    # pixels a side
+    mm=1.0,      # a pixel
+    look=Look(), # Look
+):
+    "A thin picture (size, size) of a heart in any plane: numpy float32."
+    t = (torch.arange(size) - (size - 1) / 2) * mm
+    o, a, b = (torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (middle, across, down))
+    return heart.intensity(o + t[None, :, None] * a + t[:, None, None] * b, phase, look).numpy()
+
+
+def cuts(
+    heart,  # Heart
+    phase=0.0,  # fraction of the R-R interval
+    levels=(-20, 4, 22, 42, 62, 80),  # mm from base to apex
+    angles=(90, 12, 125),  # degrees of the long-axis planes: 2CH, 4CH, 3CH
+):
+    "Short-axis and long-axis pictures of a heart: two arrays (180, 180 · n)."
+    u, v, w = heart.axes
+    short = [cut(heart, heart.world([-15, 3, z]), u, -v, phase) for z in levels]
+    turn = np.deg2rad(angles)
+    long_ = [cut(heart, heart.world([0, 0, 25]), np.cos(a) * u + np.sin(a) * v, -w, phase) for a in turn]
+    return np.concatenate(short, 1), np.concatenate(long_, 1)
+
+# %% ../nbs/08_heart.ipynb #437dfc32
+def prove_hearts(
+    record=None,     # a JSON file to write
+    seeds=range(100),
+):
+    "Check the truth of many hearts against what was asked of them and against physiology; the worst of each."
+    import json
+    from pathlib import Path
+    rows = []
+    for seed in seeds:
+        heart = digital_heart(seed)
+        p = heart.parameters
+        beat = [heart.volumes(f, step=1.5) for f in (0.0, 0.5 * p.es_phase, p.es_phase, 0.5 * (1 + p.es_phase))]
+        mass = [b["mass_g"] for b in beat]
+        marks = [heart.landmarks(f) for f in (0.0, p.es_phase)]
+        move = {n: float(np.linalg.norm(marks[1][n] - marks[0][n])) for n in ("mitral", "apex", "rv_free")}
+        rows.append(dict(seed=seed, condition=p.condition, edv_ml=beat[0]["lv_ml"], esv_ml=beat[2]["lv_ml"], ef=1 - beat[2]["lv_ml"] / beat[0]["lv_ml"],
+                         mass_g=mass[0], rv_edv_ml=beat[0]["rv_ml"], rv_ef=1 - beat[2]["rv_ml"] / beat[0]["rv_ml"], wall_mm=heart.shape.wall_mm,
+                         endo_mm=heart.shape.endo_mm, edv_error=beat[0]["lv_ml"] / p.edv_ml - 1, esv_error=beat[2]["lv_ml"] / p.esv_ml - 1,
+                         mass_error=mass[0] / p.mass_g - 1, rv_edv_error=beat[0]["rv_ml"] / p.rv_edv_ml - 1, rv_esv_error=beat[2]["rv_ml"] / p.rv_esv_ml - 1,
+                         mass_change=max(mass) / min(mass) - 1, mapse_mm=move["mitral"], tapse_mm=move["rv_free"], apex_mm=move["apex"]))
+    if record: Path(record).write_text(json.dumps(rows, indent=0) + "\n")
+    return rows

@@ -6,7 +6,7 @@
 __all__ = ['CONDITIONS', 'REFERENCES', 'Parameters', 'Reference', 'quantity', 'bell', 'possible', 'draw']
 
 # %% ../nbs/06_population.ipynb #c003
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
@@ -137,6 +137,7 @@ _KAWEL = "Kawel et al., Circ Cardiovasc Imaging 2012, doi 10.1161/CIRCIMAGING.11
 _DAVIS = "Davis et al., J Cardiovasc Magn Reson 2014, doi 10.1186/1532-429X-16-9"
 _CHINA = "reference values in 200 Chinese adults, Int J Cardiovasc Imaging 2021, doi 10.1007/s10554-020-02116-9"
 _TORSION = "Young and Cowan, J Cardiovasc Magn Reson 2012;14:49"
+_MACEIRA = "Maceira et al., J Cardiovasc Magn Reson 2006, doi 10.1080/10976640600572889"
 _MAPSE = "Kawel-Boehm et al., J Cardiovasc Magn Reson 2020, doi 10.1186/s12968-020-00683-3"
 _FAT = "Iacobellis, Am J Cardiol 2009, 1601-1602 (normal weight)"
 _TOF = "right ventricular outflow patch in repaired Fallot, J Magn Reson Imaging 2007;26:934-940"
@@ -164,7 +165,7 @@ REFERENCES = (
     *_rows("rv_esv_ml", (85, 22), (55, 15), _PETERSEN, False),
     *_rows("rv_ef", (0.54, 0.06), (0.58, 0.06), _PETERSEN, False),
     *_rows("wall_mm", (6.3, 1.1), (5.3, 0.9), _KAWEL + " (mid short axis)", True),
-    *_rows("length_mm", (94, 7), (85, 6), "Maceira et al., J Cardiovasc Magn Reson 2006, doi 10.1080/10976640600572889", False),
+    *_rows("length_mm", (94, 7), (85, 6), _MACEIRA, False),
     *_rows("mapse_mm", (13, 2), (13, 2), _MAPSE, False),
     *_rows("tapse_mm", (22, 3.5), (22, 3.5), _MAPSE, False),
     Reference("base_rotation_deg", "MF", -3.5, 1.5, _TORSION + " (about 3 degrees)", False),
@@ -206,20 +207,21 @@ def bell(
 # (mean, s.d.); a pair of pairs is (man, woman). Volumes and mass per m² of body surface.
 _HEALTHY = dict(
     bmi=((25.6, 3), (24.4, 3.1)), age=(54, 12), heart_rate=((63, 9), (65, 9)),
-    edv=((83, 13), (75, 11)), ef=((0.58, 0.048), (0.61, 0.048)), mass=((53, 9), (42, 7)), rv=None,
+    edv=((83, 13), (73.5, 11)), ef=((0.58, 0.048), (0.61, 0.048)), mass=((53, 9), (42, 7)), rv=None,
     rv_ef=((0.54, 0.05), (0.58, 0.05)), mapse=(0, 1.7), septum_ratio=(1.08, 0.06), roundness=(0, 4),
     la=((41, 8.5), (41, 8)), la_ef=(0.59, 0.055), ra=((46, 10), (42, 9)), ra_ef=(0.49, 0.06), trabeculae=(2.5, 0.6))
 _CHANGES = dict(
     healthy={},
-    dilated=dict(age=(54, 14), heart_rate=(72, 11), edv=((130, 22), (120, 20)), ef=(0.29, 0.055), mass=((76, 14), (66, 12)),
-                 rv_ef=(0.43, 0.07), roundness=(-3, 4), la=(52, 13), la_ef=(0.42, 0.08), ra=(50, 12), ra_ef=(0.4, 0.07),
-                 trabeculae=(4, 1)),
-    hypertrophic=dict(age=(50, 15), edv=((78, 12), (73, 11)), ef=(0.67, 0.05), mass=((100, 20), (93, 19)), mapse=(-3, 1.7),
-                      septum_ratio=(1.6, 0.2), la=(52, 13), la_ef=(0.49, 0.08), trabeculae=(3, 0.8)),
-    infarct=dict(age=(62, 11), heart_rate=(68, 10), edv=((102, 17), (92, 15)), ef=(0.325, 0.045), mass=((66, 11), (55, 9)),
-                 rv_ef=(0.52, 0.06), roundness=(-1, 4), la=(47, 11), la_ef=(0.48, 0.08), trabeculae=(3, 0.8)),
-    rv_enlarged=dict(age=(42, 14), heart_rate=(70, 10), edv=((76, 12), (71, 11)), ef=(0.57, 0.05), rv=((142, 20), (132, 19)),
-                     rv_ef=(0.48, 0.06), ra=(60, 14), ra_ef=(0.42, 0.07)))
+    dilated=dict(age=(54, 14), heart_rate=(72, 11), edv=((130, 22), (120, 20)), ef=(0.29, 0.055),
+                 mass=((76, 14), (66, 12)), rv_ef=(0.43, 0.07), roundness=(-3, 4), la=(52, 13), la_ef=(0.42, 0.08),
+                 ra=(50, 12), ra_ef=(0.4, 0.07), trabeculae=(4, 1)),
+    hypertrophic=dict(age=(50, 15), edv=((78, 12), (73, 11)), ef=(0.67, 0.05), mass=((108, 22), (98, 20)),
+                      mapse=(-3, 1.7), septum_ratio=(1.75, 0.2), la=(52, 13), la_ef=(0.49, 0.08), trabeculae=(3, 0.8)),
+    infarct=dict(age=(62, 11), heart_rate=(68, 10), edv=((102, 17), (92, 15)), ef=(0.325, 0.045),
+                 mass=((66, 11), (55, 9)), rv_ef=(0.52, 0.06), roundness=(-1, 4), la=(47, 11), la_ef=(0.48, 0.08),
+                 trabeculae=(3, 0.8)),
+    rv_enlarged=dict(age=(42, 14), heart_rate=(70, 10), edv=((76, 12), (71, 11)), ef=(0.57, 0.05),
+                     rv=((142, 20), (132, 19)), rv_ef=(0.48, 0.06), ra=(60, 14), ra_ef=(0.42, 0.07)))
 
 
 def _body(rng, condition):
@@ -258,7 +260,8 @@ def _ventricles(rng, of, body, bsa):
     rv_edv = (edv * ef + extra) / rv_ef
     if of("rv"):                                                    # a right heart valve leaks: the two differ
         rv_edv = bell(rng, *of("rv")) * bsa
-    return dict(edv_ml=edv, esv_ml=edv * (1 - ef), mass_g=mass, length_mm=length, rv_edv_ml=rv_edv, rv_esv_ml=rv_edv * (1 - rv_ef))
+    return dict(edv_ml=edv, esv_ml=edv * (1 - ef), mass_g=mass, length_mm=length,
+                rv_edv_ml=rv_edv, rv_esv_ml=rv_edv * (1 - rv_ef))
 
 
 def _beat(rng, of, body, heart):
@@ -272,7 +275,8 @@ def _beat(rng, of, body, heart):
                 mapse_mm=13 + 22 * (ef - 0.595) - 0.03 * (age - 54) + bell(rng, *of("mapse")),
                 tapse_mm=22 + 40 * (rv_ef - 0.56) + bell(rng, 0, 2.8),
                 base_rotation_deg=weak * bell(rng, -3.6, 1.3),
-                apex_rotation_deg=weak * ((9.3 if man else 10.3) + 0.04 * (age - 54) + bell(rng, 0, 2.3)))
+                apex_rotation_deg=weak * ((9.3 if man else 10.3) + 0.04 * (age - 54) + 15 * max(-0.06, ef - 0.595)
+                                          + bell(rng, 0, 2.2)))
 
 
 def _around(rng, of, body, bsa, condition):
@@ -282,21 +286,26 @@ def _around(rng, of, body, bsa, condition):
     leak = condition == "rv_enlarged"
     return dict(la_max_ml=la, la_min_ml=la * (1 - bell(rng, *of("la_ef")) + 0.001 * (age - 54)),
                 ra_max_ml=ra, ra_min_ml=ra * (1 - bell(rng, *of("ra_ef"))),
-                aorta_mm=(32.2 if man else 27.6) + 4 * (bsa - (1.96 if man else 1.7)) + 0.06 * (age - 50) + bell(rng, 0, 2.6),
+                aorta_mm=((32.2 if man else 27.6) + 4 * (bsa - (1.96 if man else 1.7)) + 0.06 * (age - 50)
+                          + bell(rng, 0, 2.6)),
                 pulmonary_mm=(26 if man else 24) + 4 * leak + bell(rng, 0, 2.4),
                 septum_ratio=bell(rng, *of("septum_ratio")), trabeculae_mm=bell(rng, *of("trabeculae")),
                 septal_flattening=leak * bell(rng, 0.5, 0.15))
 
 
-_TERRITORIES = ((0.5, 130, 0.7, 62, 0.36), (0.8, 255, 0.45, 48, 0.38), (1.0, 335, 0.45, 48, 0.38))  # up to this chance: θ, s, half widths
+# up to this chance: the centre's θ and s, the half widths in degrees and in s
+_TERRITORIES = ((0.5, 130, 0.7, 62, 0.36),    # anterior descending artery: septum and anterior wall, to the apex
+                (0.8, 255, 0.45, 48, 0.38),   # right coronary artery: inferior
+                (1.0, 335, 0.45, 48, 0.38))   # circumflex: lateral
 
 
 def _infarct(rng):
     "A region in the territory of one coronary artery that hardly moves."
     chance = rng.random()
     _, angle, s, width, length = next(t for t in _TERRITORIES if chance < t[0])
-    return dict(infarct_angle_deg=bell(rng, angle, 12), infarct_s=bell(rng, s, 0.06), infarct_width_deg=bell(rng, width, 8),
-                infarct_length=bell(rng, length, 0.05), infarct_depth=0.8 + 0.2 * rng.random())
+    return dict(infarct_angle_deg=bell(rng, angle, 12) % 360, infarct_s=bell(rng, s, 0.06),
+                infarct_width_deg=bell(rng, width, 8), infarct_length=bell(rng, length, 0.05),
+                infarct_depth=0.8 + 0.2 * rng.random())
 
 
 def _place(rng, body, bmi):
@@ -312,7 +321,7 @@ def _place(rng, body, bmi):
 def possible(
     p,  # Parameters
 ):
-    "Whether a heart can be built from these numbers, and meets the criteria of its condition (for the diseases: ACDC's)."
+    "Whether a heart can be built from these numbers, and meets the criteria of its condition (ACDC's)."
     edv, rv = p.edv_ml / p.bsa, p.rv_edv_ml / p.bsa
     woman, leak = p.sex == "F", p.condition == "rv_enlarged"
     criteria = {
@@ -325,7 +334,8 @@ def possible(
     body = 18 <= p.age <= 85 and 18 < p.bmi < 38 and 42 <= p.heart_rate <= 105 and 0.25 < p.es_phase < 0.5
     left = 36 <= p.diameter_mm <= 75 and 4.2 <= p.wall_mm <= 22 and 1.2 < p.length_mm / p.diameter_mm < 2.2
     right = 0.2 < p.rv_ef < 0.75 and 40 < rv < 220 and (leak or abs(p.sv_ml - p.rv_sv_ml) < 5)
-    motion = 0.03 < p.mapse_mm / p.length_mm < 0.21 and 8 < p.tapse_mm < 32 and p.base_rotation_deg < 0 < p.apex_rotation_deg
+    motion = 0.03 < p.mapse_mm / p.length_mm < 0.21 and 8 < p.tapse_mm < 32
+    motion = motion and p.base_rotation_deg < 0 < p.apex_rotation_deg
     atria = (15 < p.la_max_ml - p.la_min_ml < 1.1 * p.sv_ml and 10 < p.ra_max_ml - p.ra_min_ml < 1.1 * p.rv_sv_ml
              and min(p.la_min_ml, p.ra_min_ml) > 10)
     return bool(criteria and body and left and right and motion and atria and p.fat_mm > 1.5 and p.trabeculae_mm > 0.5)
@@ -344,7 +354,8 @@ def draw(
 ):
     "One person's heart, as `Parameters`. Raises StudyError for a condition that is not known."
     if condition not in (None, *CONDITIONS):
-        raise StudyError(f"{condition!r} is not a condition; choose one of {', '.join(CONDITIONS)}, or None to draw one.")
+        raise StudyError(f"{condition!r} is not a condition; "
+                         f"choose one of {', '.join(CONDITIONS)}, or None to draw one.")
     rng = np.random.default_rng([seed, 0])
     chance = rng.random()
     condition = condition or CONDITIONS[max(0, int(10 * chance) - 5)]
@@ -352,9 +363,11 @@ def draw(
         body, bmi, of = _body(rng, condition)
         bsa = sqrt(body["height_cm"] * body["weight_kg"] / 3600)
         heart = _ventricles(rng, of, body, bsa)
-        parts = {**body, **heart, **_beat(rng, of, body, heart), **_around(rng, of, body, bsa, condition), **_place(rng, body, bmi)}
+        parts = {**body, **heart, **_beat(rng, of, body, heart),
+                 **_around(rng, of, body, bsa, condition), **_place(rng, body, bmi)}
         if condition == "infarct":
             parts.update(_infarct(rng))
-        person = Parameters(seed=seed, condition=condition, **{name: _six_digits(value) for name, value in parts.items()})
+        parts = {name: _six_digits(value) for name, value in parts.items()}
+        person = Parameters(seed=seed, condition=condition, **parts)
         if possible(person):
             return person
