@@ -9,7 +9,7 @@ __all__ = ['WIDEST', 'BASE_WIDTH', 'RV_END', 'CHUNK', 'LABEL_BOX', 'ellipsoid', 
            'surroundings', 'labels_of', 'paint', 'jets', 'chunked', 'Heart', 'integrate', 'fitted', 'digital_heart',
            'cut', 'cuts', 'prove_hearts']
 
-# %% ../nbs/08_heart.ipynb #bf2dbc40
+# %% ../nbs/08_heart.ipynb #c002
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -21,7 +21,7 @@ from scipy.optimize import toms748
 from .motion import Moment, moment, rings_now, to_rest, to_rest_rings, turned
 from .population import Parameters, draw
 
-# %% ../nbs/08_heart.ipynb #ec05e515
+# %% ../nbs/08_heart.ipynb #c006
 def ellipsoid(
     p,       # three tensors of one shape: coordinates, mm
     centre,  # (3,) mm
@@ -29,9 +29,9 @@ def ellipsoid(
 ):
     "Distance to an ellipsoid, first-order accurate near its surface (Quilez, distance functions)."
     a = [(x - c) / r for x, c, r in zip(p, centre, radii)]
-    k0 = (a[0] * a[0] + a[1] * a[1] + a[2] * a[2]).sqrt()
+    k0 = (a[0] * a[0] + a[1] * a[1] + a[2] * a[2]).sqrt().clamp_min(1e-4)   # the centre, too, is inside
     k1 = sum((x / r) ** 2 for x, r in zip(a, radii)).sqrt()
-    return k0 * (k0 - 1) / k1.clamp_min(1e-6)
+    return k0 * (k0 - 1) / k1.clamp_min(1e-5)
 
 
 def tube(
@@ -83,7 +83,7 @@ def inside(distance, edge):
     "Part of a small neighbourhood that lies inside a surface, 0 to 1: a ramp `edge` mm wide."
     return (0.5 - distance / edge).clamp(0, 1)
 
-# %% ../nbs/08_heart.ipynb #6579e651
+# %% ../nbs/08_heart.ipynb #c009
 @lru_cache(maxsize=8)
 def _lattice(seed, width_mm=2.0, n=96):
     "(1, 1, n+1, n+1, n+1) periodic noise, one value a mm, with Gaussian correlation of `width_mm` full width at half maximum."
@@ -92,9 +92,9 @@ def _lattice(seed, width_mm=2.0, n=96):
     sigma = width_mm / 2.3548
     g = np.exp(-2 * (np.pi * sigma * f) ** 2)
     block = np.fft.ifftn(np.fft.fftn(white) * g[:, None, None] * g[:, None] * g).real
-    middle = block + np.roll(block, 1, 0)                        # what linear interpolation leaves half way between nodes
-    middle = (middle + np.roll(middle, 1, 1)); middle = (middle + np.roll(middle, 1, 2)) / 8
-    block /= np.sqrt(0.5 * (block.var() + middle.var()))
+    # linear interpolation averages neighbours: over a cell it leaves 2/3 + 1/3 of their correlation, an axis
+    left = 2 / 3 + np.exp(-1 / (4 * sigma**2)) / 3
+    block /= np.sqrt(block.var() * left**3)
     return torch.from_numpy(np.pad(block, [(0, 1)] * 3, mode="wrap").astype(np.float32))[None, None]
 
 
@@ -109,7 +109,7 @@ def noise(
     q = (q - q.floor()) * 2 - 1
     return F.grid_sample(lattice, q[None, None, None], align_corners=True)[0, 0, 0, 0]
 
-# %% ../nbs/08_heart.ipynb #8b27862d
+# %% ../nbs/08_heart.ipynb #c012
 @dataclass(frozen=True)
 class Look:
     "Brightness of each tissue relative to blood, and how rough and how sharp tissue is."
@@ -129,7 +129,7 @@ class Look:
     edge_mm: float = 1.0     # width over which one tissue gives way to the next
     flow: float = 0.0        # signal lost in jets, 0 none to 1
 
-# %% ../nbs/08_heart.ipynb #9d92104e
+# %% ../nbs/08_heart.ipynb #c014
 WIDEST = 0.30    # axis position at which the LV is widest
 BASE_WIDTH = 0.55  # of the upper half: the annulus is narrower than the middle
 
@@ -193,7 +193,7 @@ def soft_positive(x, k=0.04):
     "max(x, 0) with its corner rounded, so that the outside of the heart has no crease where the cavity ends."
     return 0.5 * (x + (x * x + k * k).sqrt())
 
-# %% ../nbs/08_heart.ipynb #33fefdfe
+# %% ../nbs/08_heart.ipynb #c016
 RV_END = 0.93   # axis position of the RV's apex
 
 
@@ -216,7 +216,7 @@ def rv_ring(
     rest = (off / a) ** 2 + (lift / b) ** 2 - 1
     return (-half + (half * half - quad * rest).clamp_min(1e-6).sqrt()).clamp_min(0) / quad, (4 * reach).clamp_max(1)
 
-# %% ../nbs/08_heart.ipynb #25c1276b
+# %% ../nbs/08_heart.ipynb #c018
 def unit(v):
     "A vector of length 1 along v."
     v = np.asarray(v, float)
@@ -262,7 +262,7 @@ def places(heart, m: Moment):
                   unit([-across[2], 0, across[0]]) * np.sign(across[0]), pulmonary, unit(pulmonary - infundibulum), free,
                   outflow, infundibulum, np.array([0, 0, p.length_mm + b * (1 - 1 / lv_apex(p, sh))]))
 
-# %% ../nbs/08_heart.ipynb #862ee5c8
+# %% ../nbs/08_heart.ipynb #c020
 @dataclass
 class Ventricles:
     "Distances (…) in mm at one moment, negative inside, and where the points were at end-diastole."
@@ -446,7 +446,7 @@ def around(
     body = smooth_min(smooth_min(vent.lv, vent.rv_wall, 12.0), base, 16.0)
     return Around(atria, vessels, leaflets, body)
 
-# %% ../nbs/08_heart.ipynb #425de208
+# %% ../nbs/08_heart.ipynb #c022
 @dataclass(frozen=True)
 class Chest:
     "Where the chest is, mm RAS."
@@ -524,7 +524,7 @@ def surroundings(
     image = over(image, aorta, look.blood)
     return torch.where(depth < -1, torch.zeros_like(image), image)
 
-# %% ../nbs/08_heart.ipynb #85469bed
+# %% ../nbs/08_heart.ipynb #c024
 def labels_of(vent: Ventricles):
     "(…) uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity (ACDC's numbers), 0 elsewhere."
     out = torch.zeros_like(vent.cavity, dtype=torch.uint8)
@@ -611,7 +611,7 @@ def jets(
         out = torch.maximum(out, strength * (1 - d.clamp_min(0) / r).clamp(0, 1) ** 2)
     return out
 
-# %% ../nbs/08_heart.ipynb #8a9c5843
+# %% ../nbs/08_heart.ipynb #c026
 CHUNK = 1 << 18   # points evaluated at once: few enough for memory, enough to keep two cores busy
 LABEL_BOX = (-100.0, 45.0, -50.0, 62.0, -42.0)   # u, v and the top of w within which both ventricles lie, mm
 
@@ -791,7 +791,7 @@ def digital_heart(
     "A `Heart`: the same seed gives the same heart, to the bit of its parameters."
     return Heart(seed if isinstance(seed, Parameters) else draw(int(seed), condition))
 
-# %% ../nbs/08_heart.ipynb #8aa11bcb
+# %% ../nbs/08_heart.ipynb #c029
 def cut(
     heart,       # Heart, or anything with the same `intensity`
     middle,      # (3,) mm RAS
@@ -821,7 +821,7 @@ def cuts(
     long_ = [cut(heart, heart.world([0, 0, 25]), np.cos(a) * u + np.sin(a) * v, -w, phase) for a in turn]
     return np.concatenate(short, 1), np.concatenate(long_, 1)
 
-# %% ../nbs/08_heart.ipynb #437dfc32
+# %% ../nbs/08_heart.ipynb #c037
 def prove_hearts(
     record=None,     # a JSON file to write
     seeds=range(100),

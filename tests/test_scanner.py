@@ -66,7 +66,7 @@ def test_unknown_protocol_is_refused():
 
 
 def test_poses_lead_to_where_pictures_were_taken(heart):
-    study = phantom_study(5, snr=1e9, tilts_deg=2.0, heart=heart, spacing_mm=3.0, shading=0.5, **SMALL)
+    study = phantom_study(5, snr=1e9, tilts_deg=2.0, heart=heart, spacing_mm=3.0, **SMALL)
     protocol = replace(PROTOCOLS["yardstick-1"], **SMALL)
     n, view = len(study.sax.images), study.sax
     planes = Planes(view.affines, SMALL["shape"], np.full(n, 8.0), np.full((n, 2), 3.0))
