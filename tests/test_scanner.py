@@ -8,7 +8,7 @@ import torch
 from mgdcr.dicom import CineSlice, StudyError
 from mgdcr.geometry import Planes, apply_poses
 from mgdcr.heart import digital_heart
-from mgdcr.scanner import (GAIN, PROTOCOLS, acquire, draw_protocol, heart_phase, phantom_study, plan, thin_plane,
+from mgdcr.scanner import (GAIN, PROTOCOLS, Protocol, acquire, draw_protocol, heart_phase, phantom_study, plan, thin_plane,
                            training_planes, truth)
 from mgdcr.study import Study, project_root
 from mgdcr.views import recognise
@@ -119,3 +119,18 @@ def test_gpu_sees_the_same(heart):
     affines = plan(heart, protocol, np.random.default_rng(0))["sax"][:2]
     a, b = (acquire(heart, affines, 0.0, protocol, 8.0, device=d).cpu() for d in ("cpu", "cuda"))
     assert (a - b).abs().max() < 1e-3
+
+
+def test_yardstick_is_frozen():
+    "Results are compared across versions on this preset: neither its protocol nor the hearts it shows may drift."
+    p = PROTOCOLS["yardstick-1"]
+    assert p == Protocol(name="yardstick-1", field_T=1.5, flip_deg=60.0, tr_ms=3.0, te_ms=1.5, pixel_mm=1.4, acquired_mm=(1.4, 1.4),
+                         shape=(128, 128), sax_thickness_mm=8.0, sax_spacing_mm=10.0, sax_slices=None, lax_thickness_mm=6.0,
+                         views=("sax", "lax_2ch", "lax_3ch", "lax_4ch"), snr=30.0, apodisation=0.3, shading=0.0, flow=0.35,
+                         swirl=0.0, rv_blood=0.97, texture=0.05, planning_deg=3.0, planning_mm=3.0, shifts_mm=2.0,
+                         tilts_deg=0.0, rr_sd=0.04)
+    study = phantom_study(200)
+    facts = [len(study.sax.images), *study.reference.shape, *np.bincount(study.reference_labels.ravel())[1:]]
+    np.testing.assert_allclose(facts, [11, 85, 128, 128, 37083, 31993, 63297], atol=3)   # voxels; rounding may turn one over
+    means = [view.images.mean() for view in study.views.values()] + [study.reference.mean()]
+    np.testing.assert_allclose(means, [121.52, 157.4, 151.13, 151.84, 118.52], rtol=1e-3)
