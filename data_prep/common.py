@@ -17,6 +17,8 @@ import numpy as np
 
 from mgdcr.study import MAX_VALUES, Study, StudyError, safe_subject
 
+RUNS = """A run may be stopped and started again: what is done is skipped. A table with the output, named after it or
+after the script (.csv), says of every subject whether it is done, what was left out of it, and why."""
 COLUMNS = ["subject", "status", "part", "why"]  # of the log; status: done, failed, left out, check
 
 
@@ -28,7 +30,7 @@ def command(
     out: str = "where the study folders go, such as datasets",
 ) -> argparse.ArgumentParser:
     "A parser with what every script takes."
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=text, epilog=RUNS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("out", type=Path, help=out)
     parser.add_argument("--workers", type=int, default=1, help="subjects at a time (default 1)")

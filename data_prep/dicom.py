@@ -7,7 +7,8 @@ is yours to say, because a patient's name or number goes no further:
     --subject NAME   all files are one patient's
     --by-folder      each folder in the source is a patient's, and its name is fit to be the subject's
     --names CSV      patients are told apart by their DICOM header (PatientID, StudyInstanceUID), wherever their files
-    --key FILE       lie; a second examination of one patient is called NAME-2, by date
+    --key FILE       lie; a second examination of one patient, by date, is called NAME_exam2 or, with a key, NAME-2,
+                     which the split into training and reporting takes for the same person
 
 With --subject and --by-folder a study.json beside the files may overrule views: {"views": {"Se9": "ignore"}}.
 Messages count the files of a patient (file 00012), because a file's name may hold a patient's: the terminal tells which
@@ -94,7 +95,8 @@ def jobs_of(args, left_out: list) -> list:  # (subject, files) pairs
     for patient, exams in sorted(by_patient(args.source, broken).items()):
         own = name(patient)
         unnamed += own is None
-        if own: jobs += [(own if n == 0 else f"{own}-{n + 1}", files) for n, files in enumerate(exams)]
+        again = "-" if args.names is None else "_exam"  # a listed name may itself end in -2
+        if own: jobs += [(f"{own}{again}{n}" if n > 1 else own, files) for n, files in enumerate(exams, 1)]
     if unnamed: left_out.append(f"{unnamed} patients are not in the list of names.")
     if broken: left_out.append(f"{len(broken)} DICOM files are too damaged to tell whose they are.")
     for path in broken: print(f"damaged: {path}", file=sys.stderr)

@@ -10,11 +10,12 @@ __all__ = ['SIDES', 'ANTERIOR_CLOCK', 'ORIENTATIONS', 'CENTRINGS', 'LV_TO_HEART_
            'folder_slices', 'folder_labels', 'array_slices', 'folder_jobs', 'read_arrays', 'array_patient',
            'array_jobs', 'paired_slices', 'sheet', 'Simulation', 'stream', 'subject_protocol', 'moments',
            'simulated_frame', 'simulated_slices', 'simulated_jobs', 'phantom_jobs', 'heart_jobs', 'SliceStore',
-           'partial_store', 'write_lmdb', 'SliceDataset', 'words', 'source_jobs', 'about_slices', 'split_table',
-           'by_heart', 'contact_sheet', 'intensity_histograms', 'random_moves', 'warp', 'shading', 'augment']
+           'partial_store', 'write_lmdb', 'SliceDataset', 'words', 'source_jobs', 'about_slices', 'Prepared', 'cores',
+           'prepare', 'save_report', 'split_table', 'by_heart', 'contact_sheet', 'intensity_histograms', 'random_moves',
+           'warp', 'shading', 'augment']
 
 # %% ../nbs/11_dataset.ipynb #c003
-import importlib, io, json, os, re, shutil, zipfile
+import importlib, io, json, os, re, shutil, time, zipfile
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1132,6 +1133,71 @@ def source_jobs(
 def about_slices(preparation: Preparation, simulation: Simulation, frames: int) -> dict:
     "How slices are made, for a data set's provenance."
     return dict(preparation=asdict(preparation), simulation=asdict(simulation), frames=int(frames))
+
+# %% ../nbs/11_dataset.ipynb #8a9cf5fa
+@dataclass(frozen=True)
+class Prepared:
+    "What a run of `prepare` came to."
+    path: Path
+    provenance: dict
+    slices: int      # made in this run
+    seconds: float   # that it took
+    workers: int
+
+    @property
+    def said(self) -> str:
+        "One line for a person."
+        speed = f": {self.slices/self.seconds:.1f} slices a second with {self.workers} workers" if self.slices else ""
+        return f"{self.slices} slices in {self.seconds:.0f} s{speed}."
+
+
+def cores() -> int:
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare(
+    out,  # the data set's folder, from the project's root, or absolute
+    jobs: dict,  # as `source_jobs` gives them
+    preparation: Preparation = Preparation(),
+    simulation: Simulation = Simulation(),
+    frames: int = 0,
+    workers: int = 0,  # processes; 0: one a core
+    progress=None,  # as in `write_lmdb`
+) -> Prepared:
+    "Make a data set of all sources, or add to it what is missing."
+    path, workers = project_root()/Path(str(out)).expanduser(), int(workers) or cores()
+    there = sum(int(_length(p)) for p in ([partial_store(path)] if partial_store(path).exists() else [path]))
+    start = time.monotonic()
+    all_jobs = [job for part in jobs.values() for job in part]
+    about = about_slices(preparation, simulation, frames)
+    provenance = write_lmdb(path, all_jobs, about, workers, preparation.size, progress)
+    return Prepared(path, provenance, int(_length(path)) - there, time.monotonic() - start, workers)
+
+
+def _length(path):
+    "How many slices lie in a folder by now; 0 where there is no data set."
+    try: return SliceStore(path)._get("length") or 0
+    except StudyError: return 0
+    finally: _close(path)
+
+
+def save_report(
+    folder,  # <out_dir>/<subject>, from the project's root, or absolute
+    made: Prepared,
+    table: list,  # as `split_table` gives it
+    figures: dict,  # name → matplotlib figure
+) -> list:  # the files' names
+    "summary.json and figures, whole or not at all."
+    from mgdcr.jobs import run_folder
+    facts = {k: v for k, v in made.provenance.items()} | dict(
+        data_set=made.path.name, slices_made=made.slices, seconds=round(made.seconds, 1), workers=made.workers,
+        table=[dict(zip(("side", "view", "kind", "subjects", "slices"), row)) for row in table])
+    with run_folder(project_root()/Path(str(folder)).expanduser()) as run:
+        (run/"figures").mkdir(exist_ok=True)
+        for name, figure in figures.items(): figure.savefig(run/"figures"/f"{name}.png", dpi=100, bbox_inches="tight")
+        (run/"summary.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
 
 # %% ../nbs/11_dataset.ipynb #dbf42852
 def split_table(
