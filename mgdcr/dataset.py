@@ -914,14 +914,12 @@ def _alone():
 
 @contextmanager
 def _one_thread():
-    "Sums over one thread, here and in processes that are started meanwhile: the same to the bit, and cores are shared well."
-    names, threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), torch.get_num_threads()
+    "One thread for sums in processes that are started meanwhile: they share the cores, and add up in one order, to the bit."
+    names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
-    torch.set_num_threads(1)
     try: yield
     finally:
-        torch.set_num_threads(threads)
         for name, value in before.items():
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
@@ -929,9 +927,9 @@ def _one_thread():
 
 def _results(jobs, size, workers):
     "(job, what `_made` gives) in the order of the jobs, a few ahead of what is asked for."
-    with _one_thread():
-        if workers > 1: yield from _in_parallel(jobs, size, workers)
-        else: yield from ((job, _made(job, size)) for job in jobs)
+    if workers < 1: yield from ((job, _made(job, size)) for job in jobs)
+    else:
+        with _one_thread(): yield from _in_parallel(jobs, size, workers)
 
 
 def _in_parallel(jobs, size, workers):
@@ -985,9 +983,9 @@ def _finished(path, jobs, about, size):
 
 def write_lmdb(
     path,  # the data set's folder, such as datasets/cardiac_cine_128.lmdb
-    jobs: list,  # (subject, source): a function () → (SliceRecord, image) pairs; picklable for workers > 1
+    jobs: list,  # (subject, source): a function () → (SliceRecord, image) pairs; picklable for workers
     about: dict | None = None,  # what it is made by, for its provenance; JSON
-    workers: int = 1,  # processes that make slices
+    workers: int = 0,  # processes that make slices; 0: this one does, with as many threads as it has
     size: int = 128,
     progress=None,  # called with (subjects done, subjects in all)
 ) -> dict:  # the provenance
@@ -1147,7 +1145,7 @@ class Prepared:
     @property
     def said(self) -> str:
         "One line for a person."
-        speed = f": {self.slices/self.seconds:.1f} slices a second with {self.workers} workers" if self.slices else ""
+        speed = f": {self.slices/self.seconds:.1f} a second with {self.workers or 'no'} workers" if self.slices else ""
         return f"{self.slices} slices in {self.seconds:.0f} s{speed}."
 
 
@@ -1162,11 +1160,11 @@ def prepare(
     preparation: Preparation = Preparation(),
     simulation: Simulation = Simulation(),
     frames: int = 0,
-    workers: int = 0,  # processes; 0: one a core
+    workers: int | None = None,  # processes; one a core by default; 0: this one, as in `write_lmdb`
     progress=None,  # as in `write_lmdb`
 ) -> Prepared:
     "Make a data set of all sources, or add to it what is missing."
-    path, workers = project_root()/Path(str(out)).expanduser(), int(workers) or cores()
+    path, workers = project_root()/Path(str(out)).expanduser(), cores() if workers is None else int(workers)
     there = sum(int(_length(p)) for p in ([partial_store(path)] if partial_store(path).exists() else [path]))
     start = time.monotonic()
     all_jobs = [job for part in jobs.values() for job in part]

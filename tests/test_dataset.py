@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mgdcr.dataset import (SIDES, Cut, Intensity, Preparation, SliceDataset, SliceRecord, SliceStore, _close,
-                           array_slices, encode, folder_slices, heart_frame, n4, partial_store, side_of, splits,
-                           study_slices, upright, write_lmdb)
+from mgdcr.dataset import (SIDES, Cut, HeartFrame, Intensity, Preparation, SliceDataset, SliceRecord, SliceStore, _close,
+                           array_slices, augment, encode, folder_slices, heart_frame, n4, partial_store, random_moves,
+                           side_of, splits, study_slices, upright, write_lmdb)
 from mgdcr.study import Study, StudyError
 from test_study import study as made_up_study
 
@@ -85,7 +85,8 @@ def test_sides_never_touch():
         assert all(first <= last for first, last in ranges)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(ranges)), family["name"]
         assert set(family.get("sides", {})) <= set(SIDES)
-    names = ["phantom-5", "heart-03", "heart-03-v0005", "acdc-001", "patient001", "1234567_20208_2_0", "somebody"]
+    names = ["phantom-5", "heart-03", "heart-03-v0005", "acdc-001", "patient001", "1234567_20208_2_0", "somebody",
+             "p-0123456789ab", "p-0123456789ab-2"]
     for name in names: assert sum(bool(re.fullmatch(f["name"], name)) for f in splits()["families"]) <= 1
     assert abs(sum(splits()["others"].values()) - 1) < 1e-9
 
@@ -108,6 +109,10 @@ def test_others_keep_their_side():
     other = {n: side_of(f"person-{n}") for n in range(16)}
     assert {n: side for n, side in other.items() if side != "train"} == {0: "tune", 8: "tune", 9: "report"}
     assert side_of("2345678_20208_2_0") == side_of("2345678_20209_3_0")
+    keyed = [f"p-{n:012x}" for n in range(40)]
+    assert len({side_of(name) for name in keyed}) == 3
+    for name in [*keyed, "somebody", "patient-12", "acdc-071", "heart-11"]:
+        for again in ("_exam2", "_exam13", *(["-2", "-13"] if name in keyed else [])): assert side_of(name + again) == side_of(name)
     assert side_of("x", {"tune": 1.0}) == "tune"
 
 
@@ -488,3 +493,47 @@ def test_acdc_is_turned_by_its_labels():
         np.testing.assert_allclose(heart, 63.5, atol=1e-6)
         low = [min(r.cut.intensity.low for r, _ in made), max(r.cut.intensity.low for r, _ in made)]
         assert low[0] == low[1], "one intensity map a subject, never one a slice"
+
+
+# Augmentation
+
+def handedness(picture):
+    "Of three spots, bright, grey and dark: +1 as they were drawn, −1 where the picture is their mirror image."
+    places = []
+    for low, high in ((0.7, 1.1), (0.1, 0.6), (-0.5, -0.1)):
+        found = np.argwhere((picture > low) & (picture < high))
+        places.append(np.median(found, 0))
+    a, b = places[1] - places[0], places[2] - places[0]
+    return np.sign(a[0]*b[1] - a[1]*b[0])
+
+
+def test_no_augmentation_mirrors_a_heart():
+    "Whatever it draws, at a strength beyond any use: three spots keep their sense, and the map of pixels its sign."
+    picture = torch.full((1, 1, 128, 128), -1.0)
+    y, x = np.mgrid[:128, :128]
+    for (j, i), level in (((48, 60), 0.9), ((70, 52), 0.35), ((72, 76), -0.3)):
+        picture[0, 0, torch.from_numpy(np.hypot(y - j, x - i) < 8)] = level
+    first = handedness(picture[0, 0].numpy())
+    assert handedness(picture[0, 0].numpy()[:, ::-1]) == handedness(picture[0, 0].numpy()[::-1]) == -first
+    batch = dict(x_start=picture.repeat(100, 1, 1, 1), acquired=picture.repeat(100, 1, 1, 1))
+    for rotate, scale in ((10, 0.08), (80, 0.2)):
+        varied = augment(batch, torch.Generator().manual_seed(1), rotate, scale, 0.04, gamma=0, bias=0, noise=0)
+        for name in batch: assert {handedness(p[0].numpy()) for p in varied[name]} == {first}
+        moves = random_moves(10_000, torch.Generator().manual_seed(2), rotate, scale)
+        assert torch.linalg.det(moves[:, :, :2]).min() > 0
+
+
+def test_no_preparation_mirrors_a_heart():
+    "A stored square's pixels lead to its slice's by a proper rotation, in the patient and in the pixels."
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        axes = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        axes *= np.sign(np.linalg.det(axes))
+        affine = np.eye(4)
+        affine[:3, :3] = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        affine[:3, 2] = np.cross(affine[:3, 0], affine[:3, 1])
+        for view in ("sax", "lax_2ch", "lax_3ch", "lax_4ch"):
+            square = upright(affine, HeartFrame(rng.normal(0, 30, 3), axes), view, 1.4)
+            assert np.linalg.det(square[:3, :3]) > 0
+            if view == "sax" and abs(affine[:3, 2] @ axes[2]) > 0.8:
+                assert square[:3, 2] @ axes[2] < 0, "one looks from the apex towards the base"
