@@ -946,7 +946,7 @@ def _in_parallel(jobs, size, workers):
     except BrokenProcessPool:
         raise StudyError("A worker was ended from outside, perhaps for lack of memory: run again with fewer workers, "
                          "what is done stays done.") from None
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    finally: pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def _versions():
@@ -1140,13 +1140,20 @@ class Prepared:
     provenance: dict
     slices: int      # made in this run
     seconds: float   # that it took
+    cpu_s: float     # processor time, that of the workers included
     workers: int
 
     @property
     def said(self) -> str:
         "One line for a person."
-        speed = f": {self.slices/self.seconds:.1f} a second with {self.workers or 'no'} workers" if self.slices else ""
-        return f"{self.slices} slices in {self.seconds:.0f} s{speed}."
+        if not self.slices: return "Nothing was missing: 0 slices made."
+        return (f"{self.slices} slices in {self.seconds:.0f} s with {self.workers or 'no'} workers, {self.slices/self.seconds:.1f} "
+                f"a second; {self.slices/self.cpu_s:.1f} a second of processor time.")
+
+
+def _cpu_s():
+    "Processor time of this process and of the ones that it started and that have ended."
+    return sum(os.times()[:4])
 
 
 def cores() -> int:
@@ -1166,11 +1173,11 @@ def prepare(
     "Make a data set of all sources, or add to it what is missing."
     path, workers = project_root()/Path(str(out)).expanduser(), cores() if workers is None else int(workers)
     there = sum(int(_length(p)) for p in ([partial_store(path)] if partial_store(path).exists() else [path]))
-    start = time.monotonic()
+    start, cpu = time.monotonic(), _cpu_s()
     all_jobs = [job for part in jobs.values() for job in part]
     about = about_slices(preparation, simulation, frames)
     provenance = write_lmdb(path, all_jobs, about, workers, preparation.size, progress)
-    return Prepared(path, provenance, int(_length(path)) - there, time.monotonic() - start, workers)
+    return Prepared(path, provenance, int(_length(path)) - there, time.monotonic() - start, _cpu_s() - cpu, workers)
 
 
 def _length(path):
@@ -1189,7 +1196,7 @@ def save_report(
     "summary.json and figures, whole or not at all."
     from mgdcr.jobs import run_folder
     facts = {k: v for k, v in made.provenance.items()} | dict(
-        data_set=made.path.name, slices_made=made.slices, seconds=round(made.seconds, 1), workers=made.workers,
+        data_set=made.path.name, slices_made=made.slices, seconds=round(made.seconds, 1), cpu_s=round(made.cpu_s, 1), workers=made.workers,
         table=[dict(zip(("side", "view", "kind", "subjects", "slices"), row)) for row in table])
     with run_folder(project_root()/Path(str(folder)).expanduser()) as run:
         (run/"figures").mkdir(exist_ok=True)
