@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Crossings', 'view_gains', 'cauchy', 'spread', 'Motion', 'smoothed', 'line_energy', 'folds', 'coarse', 'volume_energy',
-           'Alignment', 'align', 'prove_on_phantoms', 'planted', 'prove_on_study']
+           'Alignment', 'align', 'true_poses', 'shift_rows', 'volume_rows', 'prove_on_phantom', 'prove_on_phantoms',
+           'planted', 'prove_on_study']
 
 # %% ../nbs/05_alignment.ipynb #c003
 import json
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from .geometry import (Grid, Planes, Slices, SliceOperator, apply_poses, crossing, crossing_lines, pose_residuals, rigid,
                             slab_quadrature)
+from .metrics import score_volume
 
 # %% ../nbs/05_alignment.ipynb #c006
 class Crossings:
@@ -242,24 +244,57 @@ def _refine(motion, slices, grid, lines, images, keep, length, solver, gains, li
     motion.minimise(lambda p: line(p) + volume(p), 15)
 
 # %% ../nbs/05_alignment.ipynb #c019
-def prove_on_phantoms(record=None, seeds=range(200, 206)) -> list:
-    "Planted shifts of made-up studies, found again in several ways: a dict a seed and way."
-    from mgdcr.phantom import phantom_study   # only here: made-up studies come later in the chain
-    from mgdcr.solvers import tv
+def true_poses(study, slices: Slices) -> np.ndarray:
+    "The planted poses (N, 6) of a made-up study's slices."
+    return np.array([study.reference_poses[view][n] for view, n in zip(slices.views, slices.index)])
+
+def shift_rows(study, grid: Grid, ways: dict) -> list:
+    "For each way, (slices, arguments of `align`; None: not aligned): what is left of the planted poses, RMS over the slices in mm."
     rows = []
-    for seed in seeds:
-        study = phantom_study(seed, shifts_mm=2.)
-        grid = study.grid(); every = study.slices(study.phase("ED"), grid)
-        ways = {"as planted": (every, None), "raw pixels": (every, dict(slabs=False)), "matched slabs": (every, {}),
-                "one LAX view, as planted": (every.select("sax", "lax_4ch"), None), "one LAX view": (every.select("sax", "lax_4ch"), {}),
-                "one LAX view, slice to volume": (every.select("sax", "lax_4ch"), dict(solver=tv, refine=1))}
-        for way, (slices, options) in ways.items():
-            true = np.array([study.reference_poses[v][n] for v, n in zip(slices.views, slices.index)])
-            poses = np.zeros_like(true) if options is None else align(slices, grid, **options).poses
-            parts = pose_residuals(poses, true, slices.planes, grid.centre)
-            rows.append(dict(seed=seed, way=way, in_plane=float(np.sqrt((parts[0]**2).mean())), through=float(np.sqrt((parts[1]**2).mean()))))
-    if record: Path(record).write_text(json.dumps(rows, indent=0) + "\n")
+    for way, (slices, options) in ways.items():
+        poses = np.zeros((len(slices), 6)) if options is None else align(slices, grid, **options).poses
+        parts = pose_residuals(poses, true_poses(study, slices), slices.planes, grid.centre)
+        rows.append(dict(way=way) | {name: round(float(np.sqrt((x**2).mean())), 4) for name, x in zip(("in_plane", "through"), parts)})
     return rows
+
+def volume_rows(study, slices: Slices, grid: Grid) -> list:
+    "What alignment is worth in the volume: scores against the truth of linear interpolation and of `tv` with three sets of poses."
+    from mgdcr.solvers import linear, tv
+    ways = {"linear, not aligned": (linear, None), "tv, not aligned": (tv, None), "tv, aligned": (tv, align(slices, grid).poses),
+            "tv, true poses": (tv, true_poses(study, slices))}
+    rows = []
+    for way, (solver, poses) in ways.items():
+        scores = score_volume(solver(slices, grid, poses=poses).volume, study.reference, study.reference_labels, grid)
+        rows.append(dict(way=way) | {k: round(scores[k], 4) for k in ("psnr", "ssim", "dice_rule_lv", "dice_rule_rv")})
+    return rows
+
+def prove_on_phantom(seed: int) -> dict:
+    "One made-up study: its planted shifts found again in several ways, and the volumes that follow."
+    from mgdcr.scanner import phantom_study   # only here: made-up studies come later in the chain
+    from mgdcr.solvers import tv
+    study = phantom_study(seed)
+    grid = study.grid(); every = study.slices("ED", grid); one = every.select("sax", "lax_4ch")
+    shifts = shift_rows(study, grid, {
+        "as planted": (every, None), "raw pixels": (every, dict(slabs=False)), "matched slabs": (every, {}),
+        "one LAX view, as planted": (one, None), "one LAX view": (one, {}),
+        "one LAX view, slice to volume": (one, dict(solver=tv, refine=1))})
+    other = phantom_study(seed, "ukbb", spacing_mm=5.)  # its truth is not used here
+    grid_of_other = other.grid(); seen = other.slices("ED", grid_of_other)
+    shifts += shift_rows(other, grid_of_other, {"ukbb, as planted": (seen, None), "ukbb": (seen, {})})
+    return dict(seed=seed, sax_slices=len(study.sax.images), shifts=shifts, volumes=volume_rows(study, every, grid))
+
+def prove_on_phantoms(record=None, seeds=range(200, 220)) -> list:
+    "`prove_on_phantom` for many seeds. What is done is kept beside the record until all is, so that it can be taken up again."
+    kept = Path(record).with_suffix(".part") if record else None
+    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    for seed in seeds:
+        if any(study["seed"] == seed for study in done): continue
+        done.append(prove_on_phantom(seed))
+        if kept: kept.write_text("".join(json.dumps(study) + "\n" for study in done))
+    if record:
+        Path(record).write_text("[\n" + ",\n".join(map(json.dumps, done)) + "\n]\n")
+        kept.unlink()
+    return done
 
 # %% ../nbs/05_alignment.ipynb #c022
 def planted(slices: Slices, shifts: np.ndarray) -> Slices:

@@ -23,7 +23,7 @@ from . import alignment, metrics, solvers
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, sample_volume
 from .jobs import TERMINAL, run_folder
-from .phantom import phantom_study
+from .scanner import phantom_study
 from .study import Study, project_root, safe_subject
 
 # %% ../nbs/13_inverse.ipynb #c006

@@ -227,9 +227,9 @@ def tv(slices: Slices,
        poses=None,           # (N, 6); header poses when not given
        device: str = "cpu",
        init=None,            # (nk, nj, ni) SAX units; cubic interpolation when not given
-       lam: float = 2.5,     # λ, weight of the variation
+       lam: float = 3.5,     # λ, weight of the variation
        eps: float = .01,     # ε, differences (a voxel, of the intensity range) below which it acts quadratically
-       kappa: float = 8.,    # κ, weight of the second difference along the axis
+       kappa: float = 4.,    # κ, weight of the second difference along the axis
        model_sd: float = .02,# what the model leaves out, a share of the intensity range
        rounds: int = 40,     # of ten iterations, at most
        tol: float = 5e-3,    # converged when a round lowers J by less than this share
@@ -268,7 +268,7 @@ def _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa) -> tupl
     return volume + move, seen + Amove, (move, Amove)
 
 # %% ../nbs/04_solvers.ipynb #c023
-def adam(data: DataTerm, volume: torch.Tensor, rate: float, seconds: float, lam=2.5, eps=.01, kappa=8.) -> list:
+def adam(data: DataTerm, volume: torch.Tensor, rate: float, seconds: float, lam=3.5, eps=.01, kappa=4.) -> list:
     "Adam on the objective of `tv`, for comparison: (seconds, J) pairs."
     v = volume.clone().requires_grad_()
     optimiser, history, start = torch.optim.Adam([v], lr=rate), [], time.perf_counter()
@@ -286,7 +286,7 @@ def benchmark(record=None,          # a JSON file to write
               rates=(.003, .01, .03)# Adam's step sizes
               ) -> dict:            # name → [(seconds, J), …]
     "`tv` against Adam on one objective and one study, in one run."
-    from mgdcr.phantom import phantom_study # only here: the made-up study comes later in the chain
+    from mgdcr.scanner import phantom_study # only here: the made-up study comes later in the chain
     study = phantom_study(7, shifts_mm=0.)
     grid = study.grid(); slices = study.slices(study.phase("ED"), grid)
     data = DataTerm(slices, grid)

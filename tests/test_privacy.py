@@ -8,7 +8,7 @@ import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from mgdcr.phantom import phantom_study
+from mgdcr.scanner import phantom_study
 
 ROOT = Path(__file__).resolve().parent.parent
 UID = "1.2.826.0.1.3680043.9.7433"  # every UID below begins so
@@ -73,7 +73,7 @@ def write_dicom(path, pixels, affine, series, instance, frames, thickness):
 def planted(tmp_path_factory):
     "A data folder with one small DICOM study, and the words that must not come out of it."
     data, words, series = tmp_path_factory.mktemp("QXfoZV_data"), set(), 0
-    study = phantom_study(3, frames=4, slices=6, shape=(56, 56), pixel_mm=3.0, reference=False)
+    study = phantom_study(3, frames=4, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False)
     for view in study.views.values():
         for images, affine in zip(view.images, view.affines):
             series += 1

@@ -10,7 +10,7 @@ import pytest
 import mgdcr
 from mgdcr.dicom import StudyError
 from mgdcr.inverse import METHODS, Reconstruction, load_subject, method_of, reconstruct
-from mgdcr.phantom import phantom_study
+from mgdcr.scanner import phantom_study
 from mgdcr.reconstruct import main
 from mgdcr.solvers import Solution
 
@@ -21,7 +21,7 @@ COARSE = dict(spacing_mm=6.0, align="none")
 @pytest.fixture(scope="module")
 def study():
     "A small beating heart, with its truth left out."
-    return phantom_study(3, frames=3, slices=6, shape=(56, 56), pixel_mm=3.0, reference=False)
+    return phantom_study(3, frames=3, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False)
 
 
 @pytest.fixture(scope="module")

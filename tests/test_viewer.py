@@ -11,12 +11,12 @@ import pytest
 
 from mgdcr import solvers, viewer
 from mgdcr.metrics import hold_out_scores
-from mgdcr.phantom import phantom_study
+from mgdcr.scanner import phantom_study
 
 
 @pytest.fixture(scope="module")
 def case():
-    study = phantom_study(2, frames=2, slices=6, shape=(64, 64), pixel_mm=2.8, spacing_mm=2.8)
+    study = phantom_study(2, frames=2, sax_slices=6, shape=(64, 64), pixel_mm=2.8, acquired_mm=(2.8, 2.8), spacing_mm=2.8)
     grid = study.reference_grid
     slices = study.slices(0, grid)
     solution = solvers.linear(slices, grid)
