@@ -6,7 +6,7 @@
 __all__ = ['WIDEST', 'BASE_WIDTH', 'RV_END', 'CAVA_MM', 'CHUNK', 'ellipsoid', 'tube', 'funnel', 'smooth_min', 'least', 'inside',
            'noise', 'Look', 'profile', 'bump', 'Shape', 'lv_apex', 'infarct', 'lv_rings', 'soft_positive', 'rv_ring',
            'unit', 'Places', 'places', 'Ventricles', 'ventricles', 'papillary', 'rough', 'Around', 'around', 'Chest',
-           'surroundings', 'labels_of', 'high_up', 'in_reach', 'paint', 'outline', 'jets', 'chunked', 'Heart',
+           'surroundings', 'labels_of', 'high_up', 'in_reach', 'paint', 'outline', 'eddies', 'jets', 'chunked', 'Heart',
            'integrate', 'fitted', 'digital_heart', 'cut', 'cuts', 'prove_hearts']
 
 # %% ../nbs/08_heart.ipynb #c002
@@ -614,10 +614,8 @@ def _organs(heart, x, m, look, vent, rest, sac, muscle, image, where):
     image = over(image, sac, look.fat)
     image = over(image, rest.atria - 2.0, look.wall * 0.9)
     image = over(image, rest.vessels - 1.8, look.wall)
-    blood, eddy = look.blood, 1.0
-    if look.swirl > 0:                                                    # carried along, back where it was after a beat
-        eddy = (1 + look.swirl * noise((x[0] / 6, x[1] / 6, x[2] / 9 - 96 * m.phase), p.seed + 5)).clamp(0.3, 1.7)
-        blood = blood * eddy
+    eddy = eddies(x, m, look, p.seed + 5)
+    blood = look.blood * eddy
     image = over(image, torch.minimum(rest.atria, rest.vessels), blood)
     image = over(image, rest.right, look.rv_blood * eddy)
     image = over(image, muscle, look.myocardium)
@@ -633,6 +631,17 @@ def _organs(heart, x, m, look, vent, rest, sac, muscle, image, where):
     image = over(image, papillary(heart, x, vent, m), look.myocardium)
     if look.flow > 0: image = image * (1 - look.flow * jets(x, m, where))
     return image
+
+
+def eddies(
+    x,     # three tensors (n,) of heart coordinates, mm
+    m,     # Moment
+    look,  # Look
+    seed,  # which noise
+):
+    "Brightness of blood that turns in the cavities, (n,) or 1.0: carried along, and back where it was after a beat."
+    if look.swirl <= 0: return 1.0
+    return (1 + look.swirl * noise((x[0] / 6, x[1] / 6, x[2] / 9 - 96 * m.phase), seed)).clamp(0.3, 1.7)
 
 
 def jets(

@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'PARTS', 'MAX_VOXELS', 'MARGIN_MM', 'CAVITY_ML', 'AXIS', 'VALVES', 'USUAL', 'BLUR_MM', 'THICKNESS_MM',
-           'FIELDS', 'ROWS', 'ANGLES', 'FADE_MM', 'PAPILLARY_DEG', 'SLIVER_MM', 'CHUNK', 'WAVES', 'NAME', 'LabelMap',
-           'shared_map', 'read_label_map', 'Frame', 'usual_axes', 'find_frame', 'fill_vessel', 'smooth_distance',
-           'wide_distance', 'fields_of', 'Tube', 'vessels_beyond', 'Anatomy', 'sample', 'outermost', 'measure_rings',
-           'apical_epicardium', 'described', 'anatomy_of', 'step', 'Place', 'moving', 'read_rings', 'at_rest', 'grain',
-           'papillary', 'trabeculae', 'opened', 'Look', 'surroundings', 'LabelHeart', 'chunked', 'calibrated', 'Change',
-           'smooth_noise', 'draw_change', 'before', 'changed', 'siblings', 'label_heart']
+           'FIELDS', 'ROWS', 'ANGLES', 'FAT_MM', 'FADE_MM', 'PAPILLARY_DEG', 'SLIVER_MM', 'BEHIND_MM', 'WAVES', 'NAME',
+           'LabelMap', 'shared_map', 'read_label_map', 'Frame', 'usual_axes', 'touching', 'find_valves', 'find_frame',
+           'fill_vessel', 'smooth_distance', 'wide_distance', 'fields_of', 'arteries_beyond', 'veins_beyond', 'Anatomy',
+           'sample', 'outermost', 'measure_rings', 'apical_epicardium', 'described', 'resampled', 'anatomy_of', 'rise',
+           'Gains', 'Place', 'moving', 'inverted', 'read_rings', 'at_rest', 'papillary', 'opened', 'paint', 'labels_of',
+           'LabelHeart', 'calibrated', 'Change', 'smooth_noise', 'draw_change', 'before', 'changed', 'siblings',
+           'same_stroke', 'label_heart']
 
 # %% ../nbs/09_label_heart.ipynb #c003
 import json, re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from scipy.spatial import ConvexHull
+from scipy.spatial import ConvexHull, cKDTree
 from scipy.special import ndtri
 
 from .dicom import StudyError
-from .motion import moment, rings_now, to_rest, to_rest_rings, turned
+from .heart import Chest, Look, chunked, eddies, funnel, inside, jets, noise, rough, surroundings, tube, unit
+from .motion import Moment, moment, rings_now, to_rest, to_rest_rings, turned
 from .population import Parameters, draw
 from .study import project_root
 
@@ -125,12 +128,12 @@ def read_label_map(
     return found
 
 # %% ../nbs/09_label_heart.ipynb #c013
-AXIS = np.array([-.62, .58, -.53])             # usual LV axis from base to apex, RAS
-AXIS = AXIS / np.linalg.norm(AXIS)
-VALVES = dict(mitral=("lv", "la"), tricuspid=("rv", "ra"), aortic=("lv", "aorta"), pulmonary=("rv", "pulmonary"))
+AXIS = unit([-.62, .58, -.53])                 # usual LV axis from base to apex, RAS
+VALVES = dict(mitral=("la", "lv"), tricuspid=("ra", "rv"), aortic=("lv", "aorta"), pulmonary=("rv", "pulmonary"))
 
-# Where valves usually are, for maps that lack what lies behind them: (u, v, w) mm in an LV 92 mm long.
-USUAL = dict(tricuspid=(-46, -19, 11), aortic=(-23, 13, -3), pulmonary=(-34, 43, 5))
+# Valves of maps that lack what lies behind them: (u, v, w) mm in an LV 92 mm long, and the way of the blood.
+USUAL = dict(tricuspid=((-46, -19, 11), (.3, .2, .9)), aortic=((-23, 13, -3), (-.3, .1, -1)),
+             pulmonary=((-34, 43, 5), (.2, .5, -1)))
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ class Frame:
     base: np.ndarray   # (3,) mm: mitral annulus
     length: float      # mm from the annulus to the apical endocardium
     landmarks: dict    # {name: (3,) mm in heart coordinates}: valves' centres, apices, lateral tricuspid annulus
+    ways: dict         # {valve: (3,) unit vector in heart coordinates}: downstream
+    rims: dict         # {valve: mm}: its radius
     anatomical: bool   # the map's own affine places it as in a patient
 
     def local(self, points) -> np.ndarray: return (np.asarray(points) - self.base) @ self.axes.T
@@ -150,29 +155,46 @@ def usual_axes(
     roll_deg=0,  # turn of u towards v
 ) -> np.ndarray: # (3, 3) rows u, v, w
     "Heart axes about an LV axis with u level before the turn: the RV to the patient's right and front."
-    w = np.asarray(w, float) / np.linalg.norm(w)
-    u = np.cross([0, 0, 1.], w)
-    u /= np.linalg.norm(u)
+    w = unit(w)
+    u = unit(np.cross([0, 0, 1.], w))
     c, s, v = np.cos(np.deg2rad(roll_deg)), np.sin(np.deg2rad(roll_deg)), np.cross(w, u)
     return np.stack([c * u + s * v, c * v - s * u, w])
 
 
+def touching(
+    a, b,      # two masks (X, Y, Z)
+    spacing,   # (3,) mm
+    mm=4.0,
+):             # (n, 3)
+    "Voxels within `mm` of both masks."
+    ends = [(x.min(0), x.max(0) + 1) for x in map(np.argwhere, (a, b))]
+    pad = np.ceil(mm / spacing).astype(int) + 1
+    low = np.maximum(np.maximum(ends[0][0], ends[1][0]) - pad, 0)
+    high = np.minimum(ends[0][1], ends[1][1]) + pad
+    box = tuple(slice(x, y) for x, y in zip(low, high))
+    if (high <= low).any() or not (a[box].any() and b[box].any()): return np.empty((0, 3), int)
+    return np.argwhere(np.maximum(*(ndimage.distance_transform_edt(~x[box], spacing) for x in (a, b))) < mm) + low
+
+
+def find_valves(
+    m: LabelMap,
+) -> dict:  # {valve: (n, 3) mm RAS}
+    "Points of each valve whose two sides the map has."
+    there = {part: m.mask(part, part + "_wall") if part in ("aorta", "pulmonary") else m.mask(part)
+             for part in ("lv", "la", "rv", "ra", "aorta", "pulmonary")}
+    both = {valve: pair for valve, pair in VALVES.items() if all(there[part].any() for part in pair)}
+    found = {valve: touching(*(there[part] for part in pair), m.spacing) for valve, pair in both.items()}
+    return {valve: m.world(voxels) for valve, voxels in found.items() if len(voxels)}
+
+# %% ../nbs/09_label_heart.ipynb #c013c
 def find_frame(
     m: LabelMap,
 ) -> Frame:
     "Heart coordinates from labels; `StudyError` where LV and left atrium do not touch or the map is mirrored."
-    distance = {}
-    for part in ("lv", "la", "rv", "ra", "aorta", "pulmonary"):
-        there = m.mask(part, part + "_wall") if part in ("aorta", "pulmonary") else m.mask(part)
-        if there.any(): distance[part] = ndimage.distance_transform_edt(~there, m.spacing).astype(np.float32)
-    centres = {}
-    for valve, pair in VALVES.items():
-        if not all(p in distance for p in pair): continue
-        touching = np.argwhere(np.maximum(*(distance[p] for p in pair)) < 4)
-        if len(touching): centres[valve] = m.world(touching.mean(0))
-    if "mitral" not in centres:
+    valves = find_valves(m)
+    if "mitral" not in valves:
         raise StudyError(f"{m.name}: the left ventricle and the left atrium do not touch: check the mapping.")
-    base, lv = centres["mitral"], m.world(np.argwhere(m.mask("lv")))
+    base, lv = valves["mitral"].mean(0), m.world(np.argwhere(m.mask("lv")))
     reach = np.linalg.norm(lv - base, axis=1)
     apex = lv[reach >= np.quantile(reach, .998)].mean(0)
     length = float(np.linalg.norm(apex - base))
@@ -182,21 +204,30 @@ def find_frame(
     rv = m.world(np.argwhere(m.mask("rv"))) - base
     s = rv @ w / length
     u = -rv[(s > .15) & (s < .85)].mean(0)
-    u -= (u @ w) * w
-    u /= np.linalg.norm(u)
+    u = unit(u - (u @ w) * w)
     axes = np.stack([u, np.cross(w, u), w])
-    frame = Frame(axes, base, length, {}, bool(w @ AXIS > .5 and axes[1, 2] > 0))
-    known = {name: frame.local(c) for name, c in centres.items()}
-    if "pulmonary" in known and known["pulmonary"][1] < 0:
+    frame = Frame(axes, base, length, {}, {}, {}, bool(w @ AXIS > .5 and axes[1, 2] > 0))
+    rv = frame.local(rv + base)
+    high = rv[rv[:, 2] < np.quantile(rv[:, 2], .1)]                  # where a map has no right atrium
+    landmarks = dict(apex=np.array([0, 0, length]), lv_centre=frame.local(lv).mean(0),
+                     rv_apex=rv[rv[:, 2] >= np.quantile(rv[:, 2], .998)].mean(0),
+                     rv_free=high[high[:, 0] <= np.quantile(high[:, 0], .01)].mean(0))
+    ways, rims = dict(mitral=np.array([0, 0, 1.])), {}
+    for valve, (place, way) in USUAL.items():
+        landmarks[valve], ways[valve], rims[valve] = np.array(place) * length / 92, unit(way), 12.0
+    for valve, points in valves.items():
+        p = frame.local(points)
+        landmarks[valve] = middle = p.mean(0)
+        way = np.linalg.svd(np.cov((p - middle).T))[2][2]
+        to = frame.local(m.world(np.argwhere(m.mask(VALVES[valve][1], VALVES[valve][1] + "_wall")))).mean(0) - middle \
+            if valve in ("aortic", "pulmonary") else landmarks["apex" if valve == "mitral" else "rv_apex"] - middle
+        ways[valve] = way * np.sign(way @ to)
+        rims[valve] = 1.5 * float(np.linalg.norm(p - middle - ((p - middle) @ way)[:, None] * way, axis=1).mean()) - 2.0
+        if valve == "tricuspid": landmarks["rv_free"] = p[p[:, 0] <= np.quantile(p[:, 0], .05)].mean(0)
+    if "pulmonary" in valves and landmarks["pulmonary"][1] < 0:
         raise StudyError(f"{m.name} is a mirror image (its pulmonary valve lies behind): "
                          "correct the affine or flip one axis.")
-    rv = frame.local(rv + base)
-    early = rv[rv[:, 2] < np.quantile(rv[:, 2], .25)]
-    usual = {name: np.array(place) * length / 92 for name, place in USUAL.items()}
-    more = dict(apex=np.array([0, 0, length]), lv_centre=frame.local(lv).mean(0),
-                rv_apex=rv[rv[:, 2] >= np.quantile(rv[:, 2], .998)].mean(0),
-                rv_free=early[early[:, 0] <= np.quantile(early[:, 0], .01)].mean(0))
-    return replace(frame, landmarks=usual | known | more)
+    return replace(frame, landmarks=landmarks, ways=ways, rims=rims)
 
 # %% ../nbs/09_label_heart.ipynb #c019
 def fill_vessel(
@@ -274,61 +305,59 @@ def fields_of(
             whole = whole | wall
             if part == "rv": ventricles = ventricles | wall & (m.parts == 0)
     near = edt(~whole, spacing) <= groove_mm
-    sac = ndimage.gaussian_filter((groove_mm - edt(near, spacing)).astype(np.float32), 1.5 / spacing)
+    sac = groove_mm - edt(near, spacing) + edt(~near, spacing)
+    sac = ndimage.gaussian_filter(sac.astype(np.float32), 1.5 / spacing)
     return dict(lv=lumens["lv"], lv_wall=smooth_distance(m.mask("lv_wall"), spacing), rv=lumens["rv"],
                 blood=np.minimum.reduce(list(lumens.values())), ventricles=smooth_distance(ventricles, spacing),
                 outer=wide_distance(whole, spacing), sac=sac)
 
 # %% ../nbs/09_label_heart.ipynb #c027
-@dataclass(frozen=True)
-class Tube:
-    "A blood vessel: a straight tube with a wall."
-    start: np.ndarray  # (3,) mm
-    end: np.ndarray    # (3,) mm
-    radius: float      # mm, of the lumen
-    wall: float        # mm
-
-    def distance(self, points):  # tensor (..., 3) mm
-        "Distance (...) from the lumen in mm, negative inside."
-        a = torch.as_tensor(self.start, dtype=points.dtype)
-        axis = torch.as_tensor(self.end - self.start, dtype=points.dtype)
-        along = ((points - a) @ axis / (axis @ axis)).clamp(0, 1)
-        return (points - a - along[..., None] * axis).norm(dim=-1) - self.radius
-
-
-def vessels_beyond(
+def arteries_beyond(
     m: LabelMap,
     frame: Frame,
-) -> list:  # [Tube] in heart coordinates
-    "The aorta, the pulmonary trunk and the veins from where the map leaves them."
-    tubes = []
-    for vessel, valve, reach in (("aorta", "aortic", 50), ("pulmonary", "pulmonary", 34)):
+) -> list:  # [(start, end, radius of the lumen, wall)], mm in heart coordinates
+    "Aorta and pulmonary trunk from where the map leaves them."
+    up, tubes = (frame.axes if frame.anatomical else usual_axes())[:, 2], []
+    for vessel, valve, reach, bend in (("aorta", "aortic", 20, 55), ("pulmonary", "pulmonary", 34, 0)):
         if not m.mask(vessel).any(): continue
         lumen = frame.local(m.world(np.argwhere(m.mask(vessel))))
-        along = lumen.mean(0) - frame.landmarks[valve]
-        along /= np.linalg.norm(along)
+        along = unit(lumen.mean(0) - frame.landmarks[valve])
         t = lumen @ along
         last = lumen[(t > np.quantile(t, .70)) & (t < np.quantile(t, .92))]
         depth = np.ptp(last @ along) + m.spacing.mean()
-        radius = np.sqrt(len(last) * m.spacing.prod() / depth / np.pi)
-        tubes.append(Tube(last.mean(0), last.mean(0) + reach * along, float(np.clip(radius, 8, 20)), 1.8))
+        radius = float(np.clip(np.sqrt(len(last) * m.spacing.prod() / depth / np.pi), 8, 20))
+        knee = last.mean(0) + reach * along
+        tubes.append((last.mean(0), knee, radius, 1.8))
+        if bend: tubes.append((knee, knee + bend * unit(along + 1.5 * up), radius, 1.8))
+    return tubes
+
+
+def veins_beyond(
+    m: LabelMap,
+    frame: Frame,
+) -> list:  # [(start, end, radius of the lumen, wall)], mm in heart coordinates
+    "Veins from their mouths in the atria."
+    up, tubes = (frame.axes if frame.anatomical else usual_axes())[:, 2], []
     edges, _ = ndimage.label(ndimage.binary_dilation(m.mask("valves")) & ~m.mask("lv", "rv"))
-    for chamber, away in (("la", "lv"), ("ra", "rv")):
-        if not m.mask(chamber).any(): continue
-        near = ndimage.distance_transform_edt(~m.mask(chamber), m.spacing) < 3
-        far = ndimage.distance_transform_edt(~m.mask(away, away + "_wall"), m.spacing) > 6
+    voxels = np.argwhere(edges)
+    away = lambda *parts: cKDTree(np.argwhere(m.mask(*parts)) * m.spacing).query(voxels * m.spacing, distance_upper_bound=8)[0]
+    for chamber, ventricle in (("la", "lv"), ("ra", "rv")):
+        if not m.mask(chamber).any() or not len(voxels): continue
+        mine = voxels[(away(chamber) < 3) & (away(ventricle, ventricle + "_wall") > 6)]
         middle = frame.local(m.world(np.argwhere(m.mask(chamber)))).mean(0)
-        for part in np.unique(edges[near & far & (edges > 0)]):
-            mouth = frame.local(m.world(np.argwhere(near & far & (edges == part))))
-            out = mouth.mean(0) - middle
+        for part in np.unique(edges[tuple(mine.T)]):
+            mouth = frame.local(m.world(mine[edges[tuple(mine.T)] == part]))
             spread = np.linalg.norm(mouth - mouth.mean(0), axis=1).mean()
             if len(mouth) < 40 or not 3 < spread < 14: continue
-            out /= np.linalg.norm(out)
-            tubes.append(Tube(mouth.mean(0) - 4 * out, mouth.mean(0) + 22 * out, float(np.clip(spread, 4, 10)), 1.2))
+            out = unit(mouth.mean(0) - middle)
+            tall = chamber == "ra" and abs(out @ up) > .6
+            if tall: out = unit(out + 2 * np.sign(out @ up) * up)
+            tubes.append((mouth.mean(0) - 4 * out, mouth.mean(0) + (60 if tall else 26) * out, float(np.clip(spread, 4, 10)), 1.2))
     return tubes
 
 # %% ../nbs/09_label_heart.ipynb #c031
 ROWS, ANGLES = 48, 72
+FAT_MM = 12.0   # at most, around the heart
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,6 +371,17 @@ class Anatomy:
     rows: tuple           # mm: w of the first and the last row
     length: float         # mm, annulus to apical endocardium
     apex: float           # mm, annulus to apical epicardium
+
+    @cached_property
+    def widest(self) -> tuple:
+        "Largest radii of the LV and of the heart, mm."
+        return tuple(float(self.rings[n].amax().sqrt()) for n in (1, 3))
+
+    def holds(self, x):
+        "Where (n,) points, three tensors in heart coordinates, lie on the grid of the fields."
+        here = torch.ones_like(x[0], dtype=torch.bool)
+        for y, low, n in zip(x, self.corner, self.fields.shape[:0:-1]): here &= (y > float(low)) & (y < float(low) + n - 1)
+        return here
 
 
 def sample(
@@ -397,6 +437,23 @@ def described(
     rows = (.05 * length, apex + 8)
     return Anatomy(name, fields, corner, frame, measure_rings(fields, corner, rows), rows, length, apex)
 
+# %% ../nbs/09_label_heart.ipynb #c031c
+def resampled(
+    m: LabelMap,
+    native,   # {name in FIELDS: (X, Y, Z)}
+    frame: Frame,
+    low, high,   # (3,) mm: corners in heart coordinates
+) -> torch.Tensor:  # (7, nw, nv, nu)
+    "Fields on a 1 mm grid in heart coordinates."
+    grid = torch.meshgrid(*(torch.arange(a, b + 1, dtype=torch.float32) for a, b in zip(low[::-1], high[::-1])), indexing="ij")
+    local = torch.stack(grid[::-1], -1)
+    into = np.linalg.inv(m.affine[:3, :3]) @ np.column_stack([frame.axes.T, frame.base - m.affine[:3, 3]])
+    half = (torch.tensor(m.parts.shape) - 1) / 2
+    into = torch.from_numpy(into.astype(np.float32))
+    voxels = (local @ into[:, :3].T + into[:, 3]) / half - 1
+    stack = torch.from_numpy(np.stack([native[f] for f in FIELDS]).transpose(0, 3, 2, 1).copy())
+    return F.grid_sample(stack[None], voxels[None], padding_mode="border", align_corners=True)[0]
+
 
 def anatomy_of(
     m: LabelMap,
@@ -405,48 +462,46 @@ def anatomy_of(
     frame = find_frame(m)
     for vessel, valve in (("aorta", "aortic"), ("pulmonary", "pulmonary")):
         m = fill_vessel(m, vessel, frame.base + frame.landmarks[valve] @ frame.axes)
-    native = fields_of(m)
-    extent = frame.local(m.world(np.argwhere(native["sac"] < 0)))
-    tubes = vessels_beyond(m, frame)
-    ends = [t.end + side * (t.radius + 4) for t in tubes for side in (-1, 1)]
-    extent = np.concatenate([extent, np.reshape(ends, (-1, 3))])
-    low, high = np.floor(extent.min(0)) - 6, np.ceil(extent.max(0)) + 6
-    grid = np.stack(np.meshgrid(*(np.arange(a, b + 1) for a, b in zip(low[::-1], high[::-1])), indexing="ij")[::-1], -1)
-    local = torch.from_numpy(grid.astype(np.float32))                                   # (nw, nv, nu, 3)
-    into = np.linalg.inv(m.affine[:3, :3]) @ np.column_stack([frame.axes.T, frame.base - m.affine[:3, 3]])
-    half = (torch.tensor(m.parts.shape) - 1) / 2
-    into = torch.from_numpy(into.astype(np.float32))
-    voxels = local @ into[:, :3].T + into[:, 3]
-    stack = torch.from_numpy(np.stack([native[f] for f in FIELDS]).transpose(0, 3, 2, 1).copy())
-    fields = F.grid_sample(stack[None], (voxels / half - 1)[None], padding_mode="border", align_corners=True)[0]
-    blood, _, outer, sac = (fields[FIELDS.index(f)] for f in ("blood", "ventricles", "outer", "sac"))
-    for tube in tubes:
-        lumen = tube.distance(local)
+    native, tubes = fields_of(m), arteries_beyond(m, frame) + veins_beyond(m, frame)
+    heart = frame.local(m.world(np.argwhere(native["sac"] < 0)))
+    ends = [end + side * radius for _, end, radius, _ in tubes for side in (-1, 1)]
+    extent = np.concatenate([heart.min(0)[None] - FAT_MM - 2, heart.max(0)[None] + FAT_MM + 2, np.reshape(ends, (-1, 3))])
+    low, high = np.floor(extent.min(0)), np.ceil(extent.max(0))
+    fields = resampled(m, native, frame, low, high)
+    blood, outer = fields[FIELDS.index("blood")], fields[FIELDS.index("outer")]
+    w, v, u = torch.meshgrid(*(torch.arange(n) + float(a) for n, a in zip(blood.shape, low[::-1])), indexing="ij")
+    for start, end, radius, wall in tubes:
+        lumen = tube((u, v, w), start, end, radius)
         torch.minimum(blood, lumen, out=blood)
-        torch.minimum(outer, lumen - tube.wall, out=outer)
-        torch.minimum(sac, lumen - tube.wall - 1.5, out=sac)
+        torch.minimum(outer, lumen - wall, out=outer)
     return described(m.name, fields, low, frame, frame.length)
 
 # %% ../nbs/09_label_heart.ipynb #c035
 FADE_MM = 25.0
 
 
-def step(x):
+def rise(x):
     "A smooth step (…) from 0 at x ≤ 0 to 1 at x ≥ 1."
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
 
 
+@dataclass(frozen=True)
+class Gains:
+    "How far this heart's rings and base go, found by `calibrated`."
+    lv: float = 0.0   # share of the LV cavity lost at end-systole
+    rv: float = 0.0   # share of the RV cavity
+    tapse: float = 1.0  # descent of the base beside the tricuspid annulus, over TAPSE
+
+
 @dataclass
 class Place:
     "Where points are in the heart: their place at end-diastole, and the LV they see now."
-    u: torch.Tensor      # (n,) mm, at end-diastole, like v and w
-    v: torch.Tensor
-    w: torch.Tensor
-    s: torch.Tensor      # position along the axis
-    angle: torch.Tensor  # radians, of the tissue
-    rho: torch.Tensor    # mm from the LV axis, now
-    endo: torch.Tensor   # mm, radius of the LV cavity there, now
+    rest: tuple          # three tensors (n,), mm: u, v, w at end-diastole
+    s: torch.Tensor      # (n,) position along the axis
+    angle: torch.Tensor  # (n,) radians, of the tissue
+    rho: torch.Tensor    # (n,) mm from the LV axis, now
+    endo: torch.Tensor   # (n,) mm, radius of the LV cavity there, now
 
 
 def moving(
@@ -459,6 +514,20 @@ def moving(
     turn = torch.remainder(angle - np.deg2rad(p.infarct_angle_deg) + torch.pi, 2 * torch.pi) - torch.pi
     away = (turn / np.deg2rad(p.infarct_width_deg)) ** 2 + ((s - p.infarct_s) / p.infarct_length) ** 2
     return 1 - p.infarct_depth * torch.exp(-.5 * away)
+
+
+def inverted(
+    back,  # three tensors (n,) to three tensors (n,): a smooth map that moves nothing far
+    goal,  # (n, 3) mm
+):         # (n, 3) float64 array, mm
+    "The points that `back` leads to `goal`, by fixed-point iteration."
+    goal = torch.as_tensor(np.asarray(goal), dtype=torch.float32)
+    now = goal.clone()
+    for _ in range(80):
+        miss = goal - torch.stack(list(back(*now.unbind(-1))), -1)
+        if float(miss.abs().max()) < 2e-4: break
+        now = now + .6 * miss
+    return now.double().numpy()
 
 
 def read_rings(
@@ -475,44 +544,28 @@ def read_rings(
 def at_rest(
     anatomy,     # Anatomy
     parameters,  # Parameters
-    share,       # (2,) shares of LV and RV cavity lost at end-systole
-    u, v, w,     # tensors (n,), mm: a point now
-    phase,       # fraction of the R-R interval
+    gains,       # Gains
+    x,           # three tensors (n,), mm: heart coordinates of points now
+    m,           # Moment
 ):               # Place
     "Where points are at end-diastole."
-    m = moment(parameters, phase, anatomy.apex)
-    base = m.base + (m.tricuspid - m.base) * step((-u - 36) / 20)
+    u, v, w = x
+    marks, (wide, far) = anatomy.frame.landmarks, anatomy.widest
+    narrow = 1 - .2 * m.squeeze                                     # the RV's free wall comes towards the septum
+    septal, lateral = (narrow * float(a) for a in (.8 * marks["tricuspid"][0], marks["rv_free"][0]))
+    base = m.base + (gains.tapse * m.tricuspid - m.base) * rise((septal - u) / max(septal - lateral, 12.0))
     w = to_rest(w, base, anatomy.apex)
-    acts = 1 - step(torch.maximum(-w, w - anatomy.apex) / FADE_MM)
+    acts = 1 - rise(torch.maximum(-w, w - anatomy.apex) / FADE_MM)
     s = w / anatomy.length
-    wide = float(anatomy.rings[1].amax().sqrt())
-    u, v = turned(u, v, m.turn(s) * acts * (1 - step(((u * u + v * v).sqrt() - wide) / 30)))
+    u, v = turned(u, v, m.turn(s) * acts * (1 - rise(((u * u + v * v).sqrt() - wide) / 30)))
     q, angle = u * u + v * v, torch.atan2(v, u)
     rest = read_rings(anatomy.rings, anatomy.rows, angle, w)
     squeeze = m.squeeze * acts * moving(parameters, angle, s)
-    now = rings_now(rest, share[0] * squeeze, share[1] * m.squeeze * acts, 1 + (m.lam - 1) * acts)
-    far = (anatomy.rings[3].amax().sqrt() + FADE_MM) ** 2
-    scale = ((to_rest_rings(q, now, rest, far) + 1e-6) / (q + 1e-6)).sqrt()
-    return Place(u * scale, v * scale, w, s, angle, q.sqrt(), now[0].clamp_min(0).sqrt())
+    now = rings_now(rest, gains.lv * squeeze, gains.rv * m.squeeze * acts, 1 + (m.lam - 1) * acts)
+    scale = ((to_rest_rings(q, now, rest, torch.full_like(q, (far + FADE_MM) ** 2)) + 1e-6) / (q + 1e-6)).sqrt()
+    return Place((u * scale, v * scale, w), s, angle, q.sqrt(), now[0].clamp_min(0).sqrt())
 
 # %% ../nbs/09_label_heart.ipynb #c040
-@lru_cache(maxsize=8)
-def _noise(device, size=48):
-    noise = ndimage.gaussian_filter(np.random.default_rng(48).standard_normal((size,) * 3), 1.0, mode="wrap")
-    noise = np.pad(noise / noise.std(), (0, 1), mode="wrap").astype(np.float32)
-    return torch.from_numpy(noise).to(device)[None]
-
-
-def grain(
-    u, v, w,  # tensors (n,), mm
-    mm,       # size of a grain
-):            # (n,)
-    "Smooth periodic noise of zero mean and about unit size at points."
-    noise = _noise(str(u.device))
-    n = noise.shape[1] - 1
-    return sample(noise, (0, 0, 0), *(torch.remainder(x * (1.6 / mm), n) for x in (u, v, w)))[0]
-
-
 PAPILLARY_DEG = (28.0, -112.0)   # anterolateral, posteromedial
 
 
@@ -521,186 +574,80 @@ def papillary(
     squeeze,  # share of the stroke ejected, 0 to 1
 ):            # (n,)
     "Distance in mm to the nearer papillary muscle, negative inside."
+    reach = ((place.s - .34) / .40).clamp(0, 1)                            # 0 at the tip, 1 where it joins the wall
+    centre = place.endo * (.58 + .36 * reach)
+    thick = (3.2 + 2.2 * reach) * (1 + .12 * squeeze) * (place.endo / 20).clamp(.4, 1)
+    beyond = (place.s - .34 - reach * .40) * 80                            # mm past either end
+    fixed = (place.rho - centre) ** 2 + beyond ** 2
     out = []
     for degrees in PAPILLARY_DEG:
         turn = place.angle - np.deg2rad(degrees) - .25 * (place.s - .55)   # chords and sines need no wrapping
-        reach = ((place.s - .30) / .42).clamp(0, 1)                        # 0 at the tip, 1 where it joins the wall
-        centre = place.endo * (.62 + .30 * reach)
-        thick = (3.4 + 1.6 * (reach * 3).clamp(0, 1)) * (1 + .12 * squeeze) * (place.endo / 18).clamp(.4, 1)
-        beyond = (place.s - .30 - reach * .42) * 80                        # mm past either end
-        across = (place.rho - centre) ** 2 + 4 * place.rho * centre.clamp_min(.1) * torch.sin(turn / 2) ** 2
-        out.append((across + beyond ** 2).sqrt() - thick)
+        out.append((fixed + 4 * place.rho * centre.clamp_min(.1) * torch.sin(turn / 2) ** 2).sqrt() - thick)
     return torch.minimum(*out)
-
-
-def trabeculae(
-    place,  # Place
-    depth,  # mm near the apex
-):          # (n,)
-    "How far, in mm, ridges of muscle reach into a ventricle: irregular, about 3 mm wide, running along the axis."
-    ridges = grain(place.u, place.v, place.w / 4, 2.2)
-    return depth * (.9 * ridges + .1).clamp(-.1, 1.3) * step((place.s - .2) / .5)
 
 
 def opened(
     anatomy,  # Anatomy
-    place,    # Place
+    x,        # three tensors (n,): heart coordinates at end-diastole, mm
     m,        # Moment
-):            # (n,)
-    "How far, in mm, blood reaches into the leaflets of the valves that are open."
-    gap = torch.zeros_like(place.u)
-    for valve, wide, how in (("mitral", 11, m.opening), ("tricuspid", 12, m.opening), ("aortic", 9, m.ejecting),
-                             ("pulmonary", 9, m.ejecting)):
+):            # (n,) each
+    "How far, in mm, blood reaches into the leaflets of valves that are open, and the distance to the sails that hang then."
+    frame, gap, sails = anatomy.frame, torch.zeros_like(x[0]), torch.full_like(x[0], 100.0)
+    for valve, how in dict(mitral=m.opening, tricuspid=m.opening, aortic=m.ejecting, pulmonary=m.ejecting).items():
         if how < .01: continue
-        c = anatomy.frame.landmarks[valve]
-        away = (place.u - float(c[0])) ** 2 + (place.v - float(c[1])) ** 2 + (place.w - float(c[2])) ** 2
-        gap = torch.maximum(gap, 3.5 * how * torch.exp(-(away / wide ** 2) ** 2))
-    return gap
+        at, rim = frame.landmarks[valve], frame.rims[valve]
+        away = sum((y - float(c)) ** 2 for y, c in zip(x, at))
+        gap = torch.maximum(gap, 3.5 * how * torch.exp(-(away / (.8 * rim) ** 2) ** 2))
+        if valve in ("mitral", "tricuspid"):
+            sail = funnel(x, at, frame.ways[valve], .9 * rim, rim * (.1 + .62 * how), 4 + 11 * how) - .7
+            sails = torch.minimum(sails, sail)
+    return gap, sails
 
 # %% ../nbs/09_label_heart.ipynb #c041
-@dataclass(frozen=True)
-class Look:
-    "What a sequence makes of each tissue, as a fraction of blood."
-    blood: float = 1.0
-    myocardium: float = .33
-    wall: float = .40       # vessel walls, valves
-    fat: float = .70
-    muscle: float = .30     # of the chest wall
-    liver: float = .42
-    bone: float = .38       # marrow
-    lung: float = .06
-    texture: float = .05    # relative standard deviation inside a tissue
-    texture_mm: float = 2.0
-    edge_mm: float = 1.0    # softness of borders
-    trabeculae: bool = True
-
-
-def surroundings(
-    points,  # (n, 3) mm RAS from the mitral annulus
+def paint(
+    heart,   # LabelHeart
+    points,  # (n, 3) mm RAS, float32 tensor
+    m,       # Moment
     look,    # Look
-):           # (n,)
-    "Lungs, liver under the diaphragm, chest wall with its fat, spine and descending aorta."
-    x, y, z = points.unbind(-1)
-    soft = lambda distance, edge=2.0: (.5 - distance / edge).clamp(0, 1)
-    image = look.lung * (1 + 1.5 * (grain(x, y, z, 5.0) - 1).clamp(0, 2))
-    dome = z + 62 + .0035 * ((x + 5) ** 2 + (y - 5) ** 2)
-    image = image + soft(dome) * (look.liver * (1 - .35 * soft(x + 15, 30)) - image)
-    inside = 78 * (1 - (((x - 28) / 138) ** 4 + ((y - 2) / 82) ** 4).sqrt().sqrt())
-    image = image + soft(inside) * (look.muscle - image)
-    image = image + soft(inside + 14, 4) * (look.fat - image)
-    image = image + soft((((x - 28) ** 2 + (y + 74) ** 2).sqrt() - 20)) * (look.bone - image)
-    aorta = ((x - 4) ** 2 + (y + 54) ** 2).sqrt() - 11
-    image = image + soft(aorta - 1.5) * (look.wall - image)
-    return image + soft(aorta) * (look.blood - image)
+):
+    "Brightness (n,) at points in the patient."
+    x, anatomy, p = heart.local(points), heart.on(points.device), heart.parameters
+    near = anatomy.holds(x).nonzero()[:, 0]
+    mine = tuple(y[near] for y in x)
+    place = at_rest(anatomy, p, heart.gains, mine, m)
+    rv, blood, ventricles, outer, sac = sample(anatomy.fields[2:], anatomy.corner, *place.rest)
+    slow = noise(tuple(y / 10 for y in place.rest), p.seed + 4)
+    sac = sac - (p.fat_mm * (.45 - place.rest[0] / 75 + .45 * slow).clamp(.05, 1.6)).clamp_max(FAT_MM)
+    bare = torch.ones_like(x[0], dtype=torch.bool).index_put((near,), sac > .5 - .5 * look.edge_mm).nonzero()[:, 0]
+    image = torch.zeros_like(x[0]).index_put((bare,), surroundings(heart.chest, points[bare].unbind(-1), look))
+    image[near] = _organs(heart, anatomy, mine, place, m, look, (rv, blood, ventricles, outer, sac), image[near])
+    grain = tuple(still.index_put((near,), moved) * (2 / look.texture_mm) for still, moved in zip(x, place.rest))
+    return image * (1 + look.texture * noise(grain, p.seed))
+
+
+def _organs(heart, anatomy, x, place, m, look, distances, image):
+    "The heart over an image (n,) of what lies around it, from the pericardium inwards."
+    rv, blood, ventricles, outer, sac = distances
+    seed, frame = heart.parameters.seed, anatomy.frame
+    over = lambda image, d, value: image + inside(d, look.edge_mm) * (value - image)
+    image = over(image, sac - 1.1, look.wall)
+    image = over(image, sac, look.fat)
+    image = over(image, outer, look.wall)
+    image = over(image, ventricles, look.myocardium)
+    eddy = eddies(x, m, look, seed + 5)
+    gap, sails = opened(anatomy, place.rest, m)
+    cavity = blood - gap + (rough(heart, place, seed + 3) if look.trabeculae else 0)
+    image = over(image, cavity, eddy * torch.where(rv < 1, look.rv_blood, look.blood))
+    image = over(image, torch.maximum(sails, blood), look.wall)
+    image = over(image, torch.maximum(papillary(place, m.squeeze), blood), look.myocardium)
+    if look.flow > 0:
+        where = {valve: frame.landmarks[valve] for valve in frame.ways} | {f"{k}_axis": way for k, way in frame.ways.items()}
+        image = image * (1 - look.flow * jets(place.rest, m, SimpleNamespace(**where)))
+    return image
 
 # %% ../nbs/09_label_heart.ipynb #c042
-@dataclass(frozen=True, eq=False)
-class LabelHeart:
-    "A beating heart made from a label map; the same interface as the digital `Heart`."
-    anatomy: Anatomy
-    parameters: Parameters
-    axes: np.ndarray      # (3, 3) rows u, v, w in RAS
-    base_mm: np.ndarray   # (3,) mm RAS: mitral annulus at end-diastole
-    share: tuple = (0.0, 0.0)  # of LV and RV cavity lost at end-systole
-
-    @property
-    def es_phase(self) -> float: return self.parameters.es_phase
-
-    @property
-    def rr_ms(self) -> float: return 60000 / self.parameters.heart_rate
-
-    def local(self, points):
-        "Points (..., 3) in mm RAS to three tensors (u, v, w) in mm."
-        axes, base = (torch.as_tensor(x, dtype=points.dtype, device=points.device) for x in (self.axes, self.base_mm))
-        return ((points - base) @ axes.T).unbind(-1)
-
-    def world(self, uvw):
-        "Points (..., 3) in heart coordinates to mm RAS, as an array."
-        return np.asarray(uvw, float) @ self.axes + self.base_mm
-
-    def on(self, device) -> Anatomy:
-        "The anatomy with its tensors on a device."
-        return self.anatomy if self.anatomy.fields.device == torch.device(device) else _moved(self.anatomy, str(device))
-
-    def at_rest(self, points, phase=0.0) -> Place:
-        "Where points (n, 3) in mm RAS are in the heart at end-diastole."
-        return at_rest(self.on(points.device), self.parameters, self.share, *self.local(points), phase)
-
-    def labels(self,
-               points,       # (..., 3) mm RAS, tensor
-               phase=0.0):   # fraction of the R-R interval
-        "Labels (...) uint8: 0 elsewhere, 1 RV cavity, 2 LV myocardium, 3 LV cavity."
-        return chunked(lambda p: self._labels(self.at_rest(p, phase)), points, torch.uint8)
-
-    def _labels(self, place):
-        anatomy = self.on(place.u.device)
-        near = sample(anatomy.fields[:3], anatomy.corner, place.u, place.v, place.w)
-        distance, which = near.min(0)
-        there = (distance < 0) | ((near < SLIVER_MM).sum(0) > 1)
-        return torch.where(there, torch.tensor([3, 2, 1], dtype=torch.uint8, device=place.u.device)[which], 0)
-
-    def intensity(self,
-                  points,       # (..., 3) mm RAS, tensor
-                  phase=0.0,    # fraction of the R-R interval
-                  look=Look()): # what the sequence makes of each tissue
-        "Brightness (...) of the heart and what surrounds it, without noise; blood is about 1."
-        return chunked(lambda p: self._intensity(p, phase, look), points, torch.float32)
-
-    def _intensity(self, points, phase, look):
-        base = torch.as_tensor(self.base_mm, dtype=points.dtype, device=points.device)
-        image, local = surroundings(points - base, look), self.local(points)
-        corner, size = self.anatomy.corner, self.anatomy.fields.shape[:0:-1]
-        near = torch.ones_like(image, dtype=torch.bool)
-        for x, low, n, more in zip(local, corner, size, (4, 4, 25)):
-            near &= (x > float(low) - 4) & (x < float(low) + n + more)
-        here = near.nonzero()[:, 0]
-        if len(here): image[here] = self._heart(image[here], *(x[here] for x in local), phase, look)
-        return image
-
-    def _heart(self, image, u, v, w, phase, look):
-        "Paint the heart over what surrounds it, from the fat inwards."
-        p, anatomy = self.parameters, self.on(u.device)
-        m = moment(p, phase, anatomy.apex)
-        place = at_rest(anatomy, p, self.share, u, v, w, phase)
-        blood, ventricles, outer, sac = sample(anatomy.fields[3:], anatomy.corner, place.u, place.v, place.w)
-        rough = look.texture * grain(place.u, place.v, place.w, look.texture_mm)
-        blood = blood - opened(anatomy, place, m)
-        if look.trabeculae: blood = blood + trabeculae(place, p.trabeculae_mm)
-        cover = lambda distance: (.5 - distance / look.edge_mm).clamp(0, 1)
-        paint = lambda distance, value: image + cover(distance) * (value * (1 + rough) - image)
-        image = paint(sac - .5 * p.fat_mm, look.fat)
-        image = paint(outer, look.wall)
-        image = paint(ventricles, look.myocardium)
-        image = paint(blood, look.blood)
-        if look.trabeculae: image = paint(torch.maximum(papillary(place, m.squeeze), blood), look.myocardium)
-        return image
-
-    def landmarks(self, phase=0.0) -> dict:
-        "Points (3,) in mm RAS at a phase: valves, apices, the lateral tricuspid annulus, the middle of the LV."
-        goal = torch.tensor(np.stack(list(self.anatomy.frame.landmarks.values())), dtype=torch.float32)
-        now = goal.clone()
-        for _ in range(80):                                   # invert the way back to end-diastole
-            place = at_rest(self.on("cpu"), self.parameters, self.share, *now.unbind(-1), phase)
-            now = now + .6 * (goal - torch.stack([place.u, place.v, place.w], -1))
-        return dict(zip(self.anatomy.frame.landmarks, self.world(now.numpy())))
-
-    def volumes(self, phase=0.0, spacing_mm=1.0) -> dict:
-        "LV and RV cavities in mL and LV mass in g, counted on a fine grid."
-        near = (self.anatomy.fields[:3] < 1).any(0).nonzero()     # later the ventricles stay where they were at first
-        ends = near.amin(0) - 3, near.amax(0) + 4
-        low, high = (np.array(self.anatomy.corner) + x.flip(0).cpu().numpy() for x in ends)
-        axes = [torch.arange(a, b, spacing_mm, dtype=torch.float32) for a, b in zip(low, high)]
-        u, v, w = torch.meshgrid(*axes, indexing="ij")
-        i, j = (torch.arange(n, dtype=torch.float32) for n in w.shape[:2])
-        w = w + spacing_mm * torch.remainder(.618 * i[:, None] + .755 * j, 1)[..., None]   # staggered
-        u, v, w = (x.reshape(-1) for x in (u, v, w))
-        place = at_rest(self.anatomy, self.parameters, self.share, u, v, w, phase)
-        count = torch.bincount(self._labels(place), minlength=4) * spacing_mm ** 3 / 1000
-        return dict(lv_ml=float(count[3]), rv_ml=float(count[1]), mass_g=1.05 * float(count[2]))
-
-# %% ../nbs/09_label_heart.ipynb #c043
 SLIVER_MM = .6      # two borders this near are one: parts that touched in the map still do
-CHUNK = 2 ** 19     # points at a time: what fits a processor's cache
+BEHIND_MM = 93.0    # from the back of the heart to the back of the chest: room for the aorta and the spine
 
 
 @lru_cache(maxsize=2)
@@ -708,29 +655,129 @@ def _moved(anatomy, device):
     return replace(anatomy, fields=anatomy.fields.to(device), rings=anatomy.rings.to(device))
 
 
-def chunked(
-    function,  # of points (n, 3)
-    points,    # (..., 3)
-    dtype,     # of the result
-):             # (...)
-    "Apply a function to many points, some at a time."
-    flat = points.reshape(-1, 3)
-    out = torch.empty(len(flat), dtype=dtype, device=points.device)
-    for start in range(0, len(flat), CHUNK): out[start:start + CHUNK] = function(flat[start:start + CHUNK])
-    return out.reshape(points.shape[:-1])
+def labels_of(
+    anatomy,  # Anatomy
+    rest,     # three tensors (n,), mm: places at end-diastole
+):            # (n,) uint8
+    "1 RV cavity, 2 LV myocardium, 3 LV cavity, 0 elsewhere."
+    near = sample(anatomy.fields[:3], anatomy.corner, *rest)
+    distance, which = near.min(0)
+    there = (distance < 0) | ((near < SLIVER_MM).sum(0) > 1)
+    return torch.where(there, torch.tensor([3, 2, 1], dtype=torch.uint8, device=near.device)[which], 0)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelHeart:
+    "A beating heart made from a label map; the same interface as the digital `Heart`."
+    anatomy: Anatomy
+    parameters: Parameters
+    axes: np.ndarray      # (3, 3) rows u, v, w in RAS
+    base_mm: np.ndarray   # (3,) mm RAS: mitral annulus at end-diastole
+    gains: Gains = Gains()
+
+    def __repr__(self):
+        p = self.parameters
+        return f"LabelHeart {self.anatomy.name}: {p.condition}, EDV {p.edv_ml:.0f} mL, EF {100 * p.ef:.0f} %, mass {p.mass_g:.0f} g"
+
+    @property
+    def es_phase(self) -> float: return self.parameters.es_phase
+
+    @property
+    def rr_ms(self) -> float: return 60_000 / self.parameters.heart_rate
+
+    def local(self, points):
+        "Points (…, 3) mm RAS to three tensors (u, v, w), mm."
+        p = points - torch.as_tensor(self.base_mm, dtype=points.dtype, device=points.device)
+        return tuple(p[..., 0] * float(a[0]) + p[..., 1] * float(a[1]) + p[..., 2] * float(a[2]) for a in self.axes)
+
+    def world(self, uvw):
+        "Heart coordinates (…, 3) to mm RAS, as an array."
+        return np.asarray(uvw, float) @ self.axes + self.base_mm
+
+    def on(self, device) -> Anatomy:
+        "The anatomy with its tensors on a device."
+        return self.anatomy if self.anatomy.fields.device == torch.device(device) else _moved(self.anatomy, str(device))
+
+    def moment(self, phase) -> Moment:
+        "How far the beat has gone at a phase."
+        return moment(self.parameters, phase, self.anatomy.apex)
+
+    def at_rest(self, points, phase=0.0) -> Place:
+        "Where points (n, 3) in mm RAS are in the heart at end-diastole."
+        return at_rest(self.on(points.device), self.parameters, self.gains, self.local(points), self.moment(phase))
+
+    @cached_property
+    def chest(self) -> Chest:
+        "Where the chest lies around this heart, from the outer rings of both ventricles."
+        p, a = self.parameters, self.anatomy
+        w = np.linspace(*a.rows, ROWS)[:, None]
+        angle, keep = (np.arange(ANGLES) / ANGLES * 2 - 1) * np.pi, w[:, 0] < .95 * a.length
+        r = np.sqrt(a.rings[3].cpu().numpy().astype(float))
+        at = self.world(np.stack([r * np.cos(angle), r * np.sin(angle), w + 0 * r], -1)[keep])
+        middle = self.world([-.2 * a.widest[1], 0, .4 * a.length])
+        front = float(at[..., 1].max() + p.fat_mm + 5)
+        sac = self.world(4 * np.argwhere(a.fields[FIELDS.index("sac"), ::4, ::4, ::4].cpu().numpy() < 0)[:, ::-1] + a.corner)
+        depth = max(p.chest_depth_mm, front - float(sac[:, 1].min()) + BEHIND_MM)
+        return Chest(float(self.base_mm[0] + 32), front, float(np.percentile(at[..., 2], 3)) + 3, tuple(map(float, middle)),
+                     p.chest_width_mm, depth, p.seed)
+
+    def labels(self,
+               points,       # (…, 3) tensor, mm RAS
+               phase=0.0,    # fraction of the R-R interval
+               ):
+        "(…) uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity, 0 elsewhere."
+        m = self.moment(phase)
+
+        def part(points):
+            x, anatomy = self.local(points), self.on(points.device)
+            near = anatomy.holds(x).nonzero()[:, 0]
+            rest = at_rest(anatomy, self.parameters, self.gains, tuple(y[near] for y in x), m).rest
+            return torch.zeros_like(x[0], dtype=torch.uint8).index_put((near,), labels_of(anatomy, rest))
+        with torch.no_grad(): return chunked(part, points)
+
+    def intensity(self,
+                  points,       # (…, 3) tensor, mm RAS
+                  phase=0.0,    # fraction of the R-R interval
+                  look=Look(),  # Look
+                  ):
+        "Brightness (…) at points in the patient, float32; blood is about 1. No noise, no blur."
+        m = self.moment(phase)
+        with torch.no_grad(): return chunked(lambda part: paint(self, part, m, look), points)
+
+    def landmarks(self, phase=0.0) -> dict:
+        "Landmarks (3,) in mm RAS by name: valves' middles, apices, lateral tricuspid annulus, middle of the LV."
+        m, marks = self.moment(phase), self.anatomy.frame.landmarks
+        back = lambda *x: at_rest(self.on("cpu"), self.parameters, self.gains, x, m).rest
+        return dict(zip(marks, self.world(inverted(back, np.stack(list(marks.values()))))))
+
+    def volumes(self, phase=0.0, step=1.0) -> dict:
+        "LV and RV cavities in mL and LV mass in g, counted on a grid of `step` mm."
+        anatomy = self.on("cpu")
+        near = (anatomy.fields[:3] < 1).any(0)                    # later the ventricles stay where they were at first
+        ends = [np.flatnonzero(near.any(a).any(b)) for a, b in ((0, 0), (0, 1), (1, 1))]   # of u, v, w
+        axes = [torch.arange(float(c) + e[0] - 3, float(c) + e[-1] + 4, step) for c, e in zip(anatomy.corner, ends)]
+        u, v, w = torch.meshgrid(*axes, indexing="ij")
+        i, j = (torch.arange(n, dtype=torch.float32) for n in w.shape[:2])
+        w = w + step * torch.remainder(.618 * i[:, None] + .755 * j, 1)[..., None]   # staggered
+        rest = at_rest(anatomy, self.parameters, self.gains, [x.reshape(-1) for x in (u, v, w)], self.moment(phase)).rest
+        count = torch.bincount(labels_of(anatomy, rest), minlength=4) * step ** 3 / 1000
+        return dict(lv_ml=float(count[3]), rv_ml=float(count[1]), mass_g=1.05 * float(count[2]))
+
+# %% ../nbs/09_label_heart.ipynb #c043
 def calibrated(
     heart,
-) -> LabelHeart:  # the same heart whose cavities lose what its parameters ask for
-    "Find the shares of LV and RV cavity that give the ejection fractions of the parameters."
-    p, start = heart.parameters, heart.volumes(0, 1.5)
-    share = np.array([p.ef, p.rv_ef])
-    for _ in range(3):
-        now = replace(heart, share=tuple(share)).volumes(p.es_phase, 1.5)
-        reached = 1 - np.array([now["lv_ml"] / start["lv_ml"], now["rv_ml"] / start["rv_ml"]])
-        share = np.clip(share * np.array([p.ef, p.rv_ef]) / reached, .05, .92)
-    return replace(heart, share=tuple(map(float, share)))
+) -> LabelHeart:  # the same heart with the `Gains` that its parameters ask for
+    "Find how far cavities and tricuspid annulus must go for the ejection fractions and the TAPSE of the parameters."
+    p, start, g = heart.parameters, heart.volumes(0, 1.5), Gains(heart.parameters.ef, heart.parameters.rv_ef, 1.3)
+    free = heart.landmarks(0)["rv_free"]
+    for _ in range(4):
+        now = replace(heart, gains=g)
+        end = now.volumes(p.es_phase, 1.5)
+        lv, rv = (wanted / (1 - end[k] / start[k]) for wanted, k in ((p.ef, "lv_ml"), (p.rv_ef, "rv_ml")))
+        fell = float((now.landmarks(p.es_phase)["rv_free"] - free) @ heart.axes[2])
+        g = Gains(float(np.clip(g.lv * lv, .05, .92)), float(np.clip(g.rv * rv, .05, .92)),
+                  float(np.clip(g.tapse * p.tapse_mm / fell, .5, 2)))
+    return replace(heart, gains=g)
 
 # %% ../nbs/09_label_heart.ipynb #c048
 WAVES = 5
@@ -747,15 +794,13 @@ class Change:
     def displacement(self, u, v, w, length):
         "Displacement in mm along u, v, w, as three tensors: nothing at the annulus and at the apex."
         amplitude, waves, shift = self.bend
-        points = torch.tensor([[0, 0, 0], [0, 0, length]], dtype=u.dtype)
-        moves = []
-        for c in range(3):
-            def at(x, y, z):
-                return sum(float(a[c]) * torch.sin(float(k[0]) * x + float(k[1]) * y + float(k[2]) * z + float(f))
-                           for a, k, f in zip(amplitude, waves, shift))
-            ends = at(*points.unbind(-1))
-            moves.append(at(u, v, w) - ends[0] - (ends[1] - ends[0]) * (w / length).clamp(0, 1))
-        return moves
+
+        def at(*x):
+            sines = [torch.sin(sum(float(k) * y for k, y in zip(wave, x)) + float(f)) for wave, f in zip(waves, shift)]
+            return [sum(float(a[c]) * sine for a, sine in zip(amplitude, sines)) for c in range(3)]
+        ends = at(*torch.tensor([[0, 0], [0, 0], [0, length]], dtype=u.dtype, device=u.device))
+        along = (w / length).clamp(0, 1)
+        return [move - end[0] - (end[1] - end[0]) * along for move, end in zip(at(u, v, w), ends)]
 
 
 def smooth_noise(rng, size):
@@ -798,7 +843,7 @@ def before(
     "Where points of the new anatomy were in the old one."
     u, v, w = u / change.scale, v / change.scale, w / (change.scale * change.stretch)
     q, angle = u * u + v * v, torch.atan2(v, u)
-    acts = 1 - step(torch.maximum(-w, w - anatomy.apex) / (2 * FADE_MM))
+    acts = 1 - rise(torch.maximum(-w, w - anatomy.apex) / (2 * FADE_MM))
     rest = read_rings(anatomy.rings, anatomy.rows, angle, w)
     new = [r + acts * (n - r) for n, r in zip(read_rings(change.rings, anatomy.rows, angle, w), rest)]
     far = (torch.maximum(anatomy.rings[3].amax(), change.rings[3].amax()).sqrt() + 2 * FADE_MM) ** 2
@@ -820,12 +865,12 @@ def changed(
     w, v, u = torch.meshgrid(*axes[::-1], indexing="ij")
     old = before(anatomy, change, *(x.reshape(-1) for x in (u, v, w)))
     fields = change.scale * sample(anatomy.fields, anatomy.corner, *old).reshape(-1, *w.shape)
-    landmarks = {}
-    for landmark, place in anatomy.frame.landmarks.items():
-        nearest = sum((x - float(c)) ** 2 for x, c in zip(old, place)).argmin()
-        landmarks[landmark] = np.array([float(x.reshape(-1)[nearest]) for x in (u, v, w)])
+    marks = anatomy.frame.landmarks
+    places = inverted(lambda *x: before(anatomy, change, *x), np.stack(list(marks.values())))
+    landmarks = dict(zip(marks, places))
     length = anatomy.length * change.stretch * change.scale
-    return described(name, fields, low, replace(anatomy.frame, landmarks=landmarks, length=length), length)
+    rims = {valve: change.scale * rim for valve, rim in anatomy.frame.rims.items()}
+    return described(name, fields, low, replace(anatomy.frame, landmarks=landmarks, rims=rims, length=length), length)
 
 # %% ../nbs/09_label_heart.ipynb #c052
 NAME = re.compile(r"heart-(\d\d)(?:-v(\d+))?")
@@ -845,38 +890,52 @@ def _anatomy(path, mapping):
     return anatomy_of(read_label_map(path, mapping and dict(mapping)))
 
 
+def same_stroke(
+    p,     # Parameters
+    size,  # volumes of the heart at end-diastole
+    length,  # mm, of its LV
+) -> Parameters:
+    "The parameters for a heart of this size; both ventricles eject one stroke, midway between what each would by itself."
+    lv, rv = size["lv_ml"] * p.ef, size["rv_ml"] * p.rv_ef
+    stroke = lv if p.infarct_depth else (lv + rv) / 2
+    stroke = float(np.clip(stroke, .25 * size["rv_ml"], .70 * min(size["lv_ml"], size["rv_ml"])))
+    q = replace(p, edv_ml=size["lv_ml"], esv_ml=size["lv_ml"] - stroke, mass_g=size["mass_g"], length_mm=length,
+                rv_edv_ml=size["rv_ml"], rv_esv_ml=size["rv_ml"] - stroke)
+    ratio = length / p.length_mm                              # and the annuli follow, as in `draw`
+    return replace(q, mapse_mm=max(3, p.mapse_mm + 22 * (q.ef - p.ef)) * ratio,
+                   tapse_mm=max(8, p.tapse_mm + 40 * (q.rv_ef - p.rv_ef)) * ratio)
+
+
 def label_heart(
     source,          # "heart-03", "heart-03-v0005", or the path of a label map
     variation=None,  # number of a variation; None: the anatomy itself
-    others=None,     # paths of maps that a variation may go towards; by default those on the same side of the split
+    others=None,     # of a path: paths of maps that a variation may go towards
     mapping=None,    # {part: number or numbers}, as in `read_label_map`
     parameters=None, # Parameters of the beat and the place; drawn by default
 ) -> LabelHeart:
     "A beating heart from a label map; the same arguments always give the same heart."
-    named, number = NAME.fullmatch(str(source)), 0
-    path = Path(source)
+    named, number, path = NAME.fullmatch(str(source)), 0, Path(source)
     if named:
         number, path = int(named[1]), shared_map(int(named[1]))
         if named[2] is not None: variation = int(named[2])
-        if others is None: others = [p for p in map(shared_map, siblings(number)) if p.is_file()]
-    if not path.is_file():
-        raise StudyError(f"{source} needs the shared label map {path.name}, which is not here: give a map's path."
-                         if named else f"{path.name} is not there: give the path of a label map.")
+        others = [shared_map(n) for n in siblings(number)]
+    for needed in [path] + (list(map(Path, others or ())) if variation is not None else []):
+        if not needed.is_file():
+            raise StudyError(f"{source} needs the shared label map {needed.name}, which is not here: give a map's path."
+                             if named else f"{needed.name} is not there: give the path of a label map.")
     key = mapping and tuple((k, v if np.isscalar(v) else tuple(v)) for k, v in mapping.items())
-    anatomy, seed = _anatomy(str(path), key), 1000 * number
+    anatomy, condition = _anatomy(str(path), key), "healthy"
     rng = np.random.default_rng([2, number, 0 if variation is None else variation + 1])
-    condition = "healthy"
+    seed = 10**9 + 1000 * number                              # beyond the seeds of phantoms
     if variation is not None:
         seed += 100_000 * (variation + 1)
         other = _anatomy(str(others[rng.integers(len(others))]), key) if others else None
         if rng.random() < .2: condition = "infarct"
-        anatomy = changed(anatomy, draw_change(anatomy, other, rng), f"{anatomy.name}-v{variation:04d}")
+        name = f"heart-{number:02d}" if named else anatomy.name
+        anatomy = changed(anatomy, draw_change(anatomy, other, rng), f"{name}-v{variation:04d}")
     p, own = parameters or draw(seed, condition), anatomy.frame.anatomical and variation is None
     heart = LabelHeart(anatomy, p, anatomy.frame.axes if own else usual_axes(p.axis, p.roll_deg),
                        anatomy.frame.base if own else np.array(p.position_mm, float))
-    size, ratio = heart.volumes(0), anatomy.length / p.length_mm
-    p = replace(p, edv_ml=size["lv_ml"], esv_ml=size["lv_ml"] * (1 - p.ef), mass_g=size["mass_g"],
-                length_mm=anatomy.length, rv_edv_ml=size["rv_ml"], rv_esv_ml=size["rv_ml"] * (1 - p.rv_ef),
-                mapse_mm=p.mapse_mm * ratio, tapse_mm=p.tapse_mm * ratio,
+    p = replace(same_stroke(p, heart.volumes(0), anatomy.length),
                 axis=tuple(heart.axes[2].tolist()), position_mm=tuple(heart.base_mm.tolist()))
     return calibrated(replace(heart, parameters=p))
