@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Crossings', 'view_gains', 'cauchy', 'spread', 'Motion', 'smoothed', 'line_energy', 'folds', 'coarse', 'volume_energy',
-           'Alignment', 'align', 'true_poses', 'shift_rows', 'volume_rows', 'prove_on_phantom', 'prove_on_phantoms',
-           'planted', 'prove_on_study']
+           'Alignment', 'align', 'true_poses', 'crosses_lv', 'shift_rows', 'volume_rows', 'prove_on_phantom',
+           'prove_on_phantoms', 'planted', 'prove_on_study']
 
 # %% ../nbs/05_alignment.ipynb #c003
 import json
@@ -248,13 +248,23 @@ def true_poses(study, slices: Slices) -> np.ndarray:
     "The planted poses (N, 6) of a made-up study's slices."
     return np.array([study.reference_poses[view][n] for view, n in zip(slices.views, slices.index)])
 
+def crosses_lv(study, slices: Slices) -> np.ndarray:
+    "(N,) which slices of a made-up study cut its left ventricle, wall or cavity."
+    lv = study.reference_grid.points()[study.reference_labels > 1]
+    near = study.reference_grid.spacing[0] / 2
+    return np.array([(np.abs((lv - c) @ n) < near).any() for c, n in zip(slices.planes.centres, slices.planes.normals)])
+
 def shift_rows(study, grid: Grid, ways: dict) -> list:
-    "For each way, (slices, arguments of `align`; None: not aligned): what is left of the planted poses, RMS over the slices in mm."
+    """For each way, (slices, arguments of `align`; None: not aligned): what is left of the planted poses, RMS in mm over the
+    slices that cross the LV, and over all."""
     rows = []
     for way, (slices, options) in ways.items():
         poses = np.zeros((len(slices), 6)) if options is None else align(slices, grid, **options).poses
-        parts = pose_residuals(poses, true_poses(study, slices), slices.planes, grid.centre)
-        rows.append(dict(way=way) | {name: round(float(np.sqrt((x**2).mean())), 4) for name, x in zip(("in_plane", "through"), parts)})
+        true, row = true_poses(study, slices), dict(way=way)
+        for suffix, used in ("", crosses_lv(study, slices)), ("_all", np.ones(len(slices), bool)):
+            parts = pose_residuals(poses[used], true[used], slices.planes[used], grid.centre)
+            row |= {name + suffix: round(float(np.sqrt((x**2).mean())), 4) for name, x in zip(("in_plane", "through"), parts)}
+        rows.append(row)
     return rows
 
 def volume_rows(study, slices: Slices, grid: Grid) -> list:
