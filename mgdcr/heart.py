@@ -6,8 +6,8 @@
 __all__ = ['WIDEST', 'BASE_WIDTH', 'RV_END', 'CAVA_MM', 'CHUNK', 'ellipsoid', 'tube', 'funnel', 'smooth_min', 'least', 'inside',
            'noise', 'Look', 'profile', 'bump', 'Shape', 'lv_apex', 'infarct', 'lv_rings', 'soft_positive', 'rv_ring',
            'unit', 'Places', 'places', 'Ventricles', 'ventricles', 'papillary', 'rough', 'Around', 'around', 'Chest',
-           'surroundings', 'labels_of', 'high_up', 'in_reach', 'paint', 'outline', 'eddies', 'jets', 'chunked', 'Heart',
-           'integrate', 'fitted', 'digital_heart', 'cut', 'cuts', 'prove_hearts']
+           'surroundings', 'labels_of', 'high_up', 'in_reach', 'paint', 'outline', 'eddies', 'jets', 'chunked',
+           'Placed', 'Heart', 'integrate', 'fitted', 'digital_heart', 'cut', 'cuts', 'prove_hearts']
 
 # %% ../nbs/08_heart.ipynb #c002
 import json
@@ -671,7 +671,25 @@ def chunked(f, points):
     return torch.cat([f(part) for part in flat.split(size)]).reshape(points.shape[:-1]) if len(flat) else flat.new_zeros(points.shape[:-1])
 
 
-class Heart:
+class Placed:
+    "A person's heart in their chest: whoever has `parameters`, `axes` (rows u, v, w in RAS) and `base_mm` (mm RAS) knows all this."
+    @property
+    def es_phase(self) -> float: return self.parameters.es_phase
+
+    @property
+    def rr_ms(self) -> float: return 60_000 / self.parameters.heart_rate
+
+    def local(self, points):
+        "Points (…, 3) mm RAS to three tensors (u, v, w), mm."
+        p = points - torch.as_tensor(self.base_mm, dtype=points.dtype, device=points.device)
+        return tuple(p[..., 0] * float(a[0]) + p[..., 1] * float(a[1]) + p[..., 2] * float(a[2]) for a in self.axes)
+
+    def world(self, uvw):
+        "Heart coordinates (…, 3) to mm RAS, as an array."
+        return np.asarray(uvw, float) @ self.axes + self.base_mm
+
+
+class Heart(Placed):
     "A beating heart in a chest. Evaluate it anywhere with `intensity` and `labels`; ask it for `volumes` and `landmarks`."
     def __init__(self,
                  parameters,     # Parameters
@@ -686,21 +704,6 @@ class Heart:
     def __repr__(self):
         p = self.parameters
         return f"Heart {p.seed}: {p.condition}, {p.sex} {p.age}, EDV {p.edv_ml:.0f} mL, EF {100 * p.ef:.0f} %, mass {p.mass_g:.0f} g"
-
-    @property
-    def es_phase(self) -> float: return self.parameters.es_phase
-
-    @property
-    def rr_ms(self) -> float: return 60_000 / self.parameters.heart_rate
-
-    def local(self, points):
-        "Points (…, 3) mm RAS to three tensors (u, v, w), mm."
-        p = points - torch.as_tensor(self.base_mm, dtype=points.dtype, device=points.device)
-        return tuple(p[..., 0] * float(a[0]) + p[..., 1] * float(a[1]) + p[..., 2] * float(a[2]) for a in self.axes)
-
-    def world(self, uvw):
-        "Heart coordinates (…, 3) to mm RAS."
-        return np.asarray(uvw, float) @ self.axes + self.base_mm
 
     def moment(self, phase) -> Moment:
         "How far the beat has gone at a phase."

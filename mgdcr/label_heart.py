@@ -29,7 +29,7 @@ from scipy.spatial import ConvexHull, cKDTree
 from scipy.special import ndtri
 
 from .dicom import StudyError
-from .heart import Chest, Look, chunked, eddies, funnel, inside, jets, noise, rough, surroundings, tube, unit
+from .heart import Chest, Look, Placed, chunked, eddies, funnel, inside, jets, noise, rough, surroundings, tube, unit
 from .motion import Moment, moment, rings_now, to_rest, to_rest_rings, turned
 from .population import Parameters, draw
 from .study import project_root
@@ -667,7 +667,7 @@ def labels_of(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LabelHeart:
+class LabelHeart(Placed):
     "A beating heart made from a label map; the same interface as the digital `Heart`."
     anatomy: Anatomy
     parameters: Parameters
@@ -678,21 +678,6 @@ class LabelHeart:
     def __repr__(self):
         p = self.parameters
         return f"LabelHeart {self.anatomy.name}: {p.condition}, EDV {p.edv_ml:.0f} mL, EF {100 * p.ef:.0f} %, mass {p.mass_g:.0f} g"
-
-    @property
-    def es_phase(self) -> float: return self.parameters.es_phase
-
-    @property
-    def rr_ms(self) -> float: return 60_000 / self.parameters.heart_rate
-
-    def local(self, points):
-        "Points (…, 3) mm RAS to three tensors (u, v, w), mm."
-        p = points - torch.as_tensor(self.base_mm, dtype=points.dtype, device=points.device)
-        return tuple(p[..., 0] * float(a[0]) + p[..., 1] * float(a[1]) + p[..., 2] * float(a[2]) for a in self.axes)
-
-    def world(self, uvw):
-        "Heart coordinates (…, 3) to mm RAS, as an array."
-        return np.asarray(uvw, float) @ self.axes + self.base_mm
 
     def on(self, device) -> Anatomy:
         "The anatomy with its tensors on a device."
