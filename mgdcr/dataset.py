@@ -698,9 +698,7 @@ def simulated_slices(
 ):  # yields (SliceRecord, image)
     "Planes of a simulated heart, thin and acquired, made ready."
     number = re.fullmatch(r"phantom-(\d+)", subject)
-    try: heart = digital_heart(int(number[1])) if number else label_heart(subject)
-    except StudyError: raise
-    except ValueError as error: raise StudyError(f"{subject} cannot be made: {error}") from None
+    heart = digital_heart(int(number[1])) if number else label_heart(subject)
     rng = stream(subject)
     protocol = subject_protocol(rng, preparation, simulation)
     planes = list(training_planes(heart, protocol, rng, moments(simulation.moments, rng), simulation.planes))

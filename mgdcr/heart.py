@@ -86,8 +86,8 @@ def inside(distance, edge):
     return (0.5 - distance / edge).clamp(0, 1)
 
 # %% ../nbs/08_heart.ipynb #c009
-@lru_cache(maxsize=8)
-def _lattice(seed, width_mm=2.0, n=96):
+@lru_cache(maxsize=12)   # a heart asks for six
+def _lattice(seed, device, width_mm=2.0, n=96):
     "(1, 1, n+1, n+1, n+1) periodic noise, one value a mm, with Gaussian correlation of `width_mm` full width at half maximum."
     white = np.random.default_rng([seed, 77]).standard_normal((n, n, n))
     f = np.fft.fftfreq(n)
@@ -97,7 +97,7 @@ def _lattice(seed, width_mm=2.0, n=96):
     # linear interpolation averages neighbours: over a cell it leaves 2/3 + 1/3 of their correlation, an axis
     left = 2 / 3 + np.exp(-1 / (4 * sigma**2)) / 3
     block /= np.sqrt(block.var() * left**3)
-    return torch.from_numpy(np.pad(block, [(0, 1)] * 3, mode="wrap").astype(np.float32))[None, None]
+    return torch.from_numpy(np.pad(block, [(0, 1)] * 3, mode="wrap").astype(np.float32))[None, None].to(device)
 
 
 def noise(
@@ -105,11 +105,9 @@ def noise(
     seed,  # whole number
 ):
     "Smooth noise (n,) of zero mean and unit variance at points in space; period 96 mm."
-    lattice = _lattice(seed)
-    if p[0].device.type != "cpu": lattice = lattice.to(p[0].device)
     q = torch.stack(p, -1) / 96
     q = (q - q.floor()) * 2 - 1
-    return F.grid_sample(lattice, q[None, None, None], align_corners=True)[0, 0, 0, 0]
+    return F.grid_sample(_lattice(seed, q.device), q[None, None, None], align_corners=True)[0, 0, 0, 0]
 
 # %% ../nbs/08_heart.ipynb #c012
 @dataclass(frozen=True)
