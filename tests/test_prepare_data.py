@@ -16,7 +16,7 @@ from mgdcr.dataset import (Simulation, SliceDataset, SliceStore, heart_jobs, mom
                            partial_store, phantom_jobs, prepare, side_of, simulated_frame, simulated_jobs,
                            simulated_slices, source_jobs, split_table, stream, subject_protocol, write_lmdb)
 from mgdcr.heart import digital_heart
-from mgdcr.label_heart import shared_map
+from mgdcr.label_heart import label_heart, shared_map
 from mgdcr.scanner import PROTOCOLS, training_planes
 from test_dataset import contents, refused
 
@@ -153,6 +153,22 @@ def test_a_stored_slice_lands_on_its_plane(made):
             by_square = record.affine @ [*ij, 0, 1]
             pixel = record.cut.to_source @ [*ij, 1]
             np.testing.assert_allclose(affine @ [*pixel[:2], 0, 1], by_square, atol=1e-5)
+
+
+@pytest.mark.skipif(not shared_map(9).is_file(), reason="the published anatomies are not here")
+def test_an_anatomy_lies_as_a_patient_does():
+    "By its own labels, as above."
+    heart, seen = label_heart("heart-09"), 0
+    for r, image in simulated_slices("heart-09", simulation=Simulation(("acdc",), planes=6, moments=1)):
+        assert r.heart == "healthy anatomy" and np.abs(image).max() <= 1
+        if not 0.15 < r.s < 0.7: continue
+        j, i = torch.meshgrid(torch.arange(0, 128, 4.), torch.arange(0, 128, 4.), indexing="ij")
+        affine = torch.from_numpy(r.affine).float()
+        labels = heart.labels(i[..., None]*affine[:3, 0] + j[..., None]*affine[:3, 1] + affine[:3, 3], r.phase)
+        rv, lv = (np.array([x[labels == n].mean().item() for x in (i, j)]) for n in (1, 3))
+        assert rv[0] < lv[0] - 15 and abs(rv[1] - lv[1]) < 12 and 66 < lv[0] < 84 and 54 < lv[1] < 74
+        seen += 1
+    assert seen >= 2
 
 
 def test_thin_and_acquired_are_one_plane(made):
