@@ -157,11 +157,11 @@ def test_a_stored_slice_lands_on_its_plane(made):
 
 @pytest.mark.skipif(not shared_map(9).is_file(), reason="the published anatomies are not here")
 def test_an_anatomy_lies_as_a_patient_does():
-    "By its own labels, as above."
+    "By its own labels, as above; nearer to the base a real RV rises to its outflow tract."
     heart, seen = label_heart("heart-09"), 0
-    for r, image in simulated_slices("heart-09", simulation=Simulation(("acdc",), planes=6, moments=1)):
+    for r, image in simulated_slices("heart-09", simulation=Simulation(("acdc",), planes=12, moments=1)):
         assert r.heart == "healthy anatomy" and np.abs(image).max() <= 1
-        if not 0.15 < r.s < 0.7: continue
+        if not 0.25 < r.s < 0.7: continue
         j, i = torch.meshgrid(torch.arange(0, 128, 4.), torch.arange(0, 128, 4.), indexing="ij")
         affine = torch.from_numpy(r.affine).float()
         labels = heart.labels(i[..., None]*affine[:3, 0] + j[..., None]*affine[:3, 1] + affine[:3, 3], r.phase)
