@@ -73,7 +73,7 @@ def write_dicom(path, pixels, affine, series, instance, frames, thickness):
 def planted(tmp_path_factory):
     "A data folder with one small DICOM study, and the words that must not come out of it."
     data, words, series = tmp_path_factory.mktemp("QXfoZV_data"), set(), 0
-    study = phantom_study(3, frames=4, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False)
+    study = phantom_study(5, frames=4, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False)
     for view in study.views.values():
         for images, affine in zip(view.images, view.affines):
             series += 1
