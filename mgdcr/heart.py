@@ -261,8 +261,9 @@ def places(heart, m: Moment):
     outflow = np.array([-0.80, 0.60, 0]) * begin + [0, 0, b + 6]
     aortic_axis = unit(unit(up + 0.45 * right) + [0, 0, -0.6])
     far = -(E + 0.84 * sh.rv_mm)
-    free = np.array([far, -0.12 * R, m.tricuspid - 4.0])
-    septal = np.array([-(E - 2), -0.12 * R, b + 4.0])
+    # the tricuspid valve lies towards the inferior wall, as in the anatomies of label_heart: that is where the 4CH plane gets its angle from
+    free = np.array([far, -0.8 * R, m.tricuspid - 4.0])
+    septal = np.array([-(E - 2), -0.8 * R, b + 4.0])
     pulmonary = np.array([-0.12 * E, E + 9.0, 0.8 * b - 20])
     infundibulum = np.array([-0.72 * E, 0.78 * E, 0.9 * b + 13])
     across = free - septal
@@ -271,7 +272,7 @@ def places(heart, m: Moment):
     la_ml, ra_ml = (lo + (hi - lo) * m.fill for lo, hi in ((p.la_min_ml, p.la_max_ml), (p.ra_min_ml, p.ra_max_ml)))
     la_size, ra_size = np.array([26.0, 22, 27]) * (la_ml / 61) ** (1 / 3), np.array([25.0, 26, 29]) * (ra_ml / 74) ** (1 / 3)
     la = mitral + [0.02 * R, -0.10 * R - 3, -0.60 * la_size[2]]
-    ra = tricuspid + [-2, -7, -0.58 * ra_size[2]]
+    ra = tricuspid + [-2, 2, -0.58 * ra_size[2]]
     return Places(mitral, unit([-0.10, 0.06, 1]), aortic, aortic_axis, tricuspid,
                   unit([-across[2], 0, across[0]]) * np.sign(across[0]), pulmonary, unit(pulmonary - infundibulum), free,
                   outflow, infundibulum, np.array([0, 0, p.length_mm + b * (1 - 1 / lv_apex(p, sh))]),
