@@ -255,7 +255,7 @@ def places(heart, m: Moment):
     E = R + sh.wall_mm
     mitral = np.array([0.20 * R, -0.18 * R, b])
     # the outflow begins within the cavity, however narrow that is now, so that it never cuts into the septum
-    width = R * np.sqrt((1 - sh.alpha * m.squeeze) / m.lam * (1 - (WIDEST / BASE_WIDTH) ** 2))
+    width = R * np.sqrt(max(1 - sh.alpha * m.squeeze, 0) / m.lam * (1 - (WIDEST / BASE_WIDTH) ** 2))
     begin = max(width - 0.40 * p.aorta_mm, 0.12 * R)
     aortic = np.array([-0.80, 0.60, 0]) * min(0.52 * R, begin + 5) + [0, 0, b - 9]
     outflow = np.array([-0.80, 0.60, 0]) * begin + [0, 0, b + 6]

@@ -1,9 +1,12 @@
 "The digital heart: the same everywhere and for ever, whole where it is asked only in part, and moving as a heart does."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mgdcr import heart as module
+from mgdcr.dicom import StudyError
 from mgdcr.heart import Look, digital_heart, integrate, ventricles
 from mgdcr.population import CONDITIONS, draw
 
@@ -119,3 +122,7 @@ def test_an_infarct_does_not_move(hearts):
         radii.append(ventricles(h, spots.unbind(-1), m, h.places(m)).endo_radius)
     inwards = 1 - radii[1] / radii[0]
     assert inwards[0] < inwards[1] / 3
+
+
+def test_a_heart_that_cannot_be_is_told():
+    with pytest.raises(StudyError, match="alpha that seed 7 asks for .* draw another seed"): digital_heart(replace(draw(7), esv_ml=0.5))

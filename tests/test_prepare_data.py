@@ -185,14 +185,6 @@ def test_thin_and_acquired_are_one_plane(made):
         assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.8 and not np.allclose(a, b, atol=0.05)
 
 
-def test_a_heart_that_cannot_be_made_is_told(monkeypatch):
-    def impossible(seed): raise ValueError("No heart has the rv_mm that seed 1 asks for.")
-    monkeypatch.setattr("mgdcr.dataset.digital_heart", impossible)
-    refused(lambda: list(simulated_slices("phantom-10000")), words="phantom-10000 cannot be made")
-
-
-# From three sources, and stopped
-
 @pytest.mark.skipif(not ARRAYS.is_dir(), reason="ACDC is not here")
 def test_sources_are_joined_and_added_to(tmp_path):
     for n in (1, 61, 71):
