@@ -1,5 +1,5 @@
 "Slices in and out of a data set: sides that never touch, runs that are killed, files that lie, workers of every kind."
-import io
+import io, tempfile
 import itertools
 import json
 import os
@@ -278,8 +278,11 @@ def png(width, height, mode="L"):
         return file.getvalue()
 
 
+UNPICKLED = Path(tempfile.gettempdir())/f"unpickled-by-mgdcr-{os.getpid()}"  # what a bomb that goes off leaves behind
+
+
 class Bomb:
-    def __reduce__(self): return os.system, ("touch /tmp/unpickled-by-mgdcr",)
+    def __reduce__(self): return Path.touch, (UNPICKLED,)
 
 
 PICTURES = {"empty": b"", "noise": os.urandom(3000), "cut short": encode(np.zeros((128, 128)))[:100],
@@ -338,7 +341,7 @@ def test_files_that_are_no_lmdb(made, tmp_path):
     refused(len, SliceStore(tmp_path/"nowhere"), words="no data set")
 
 
-def test_nothing_is_unpickled(): assert not Path("/tmp/unpickled-by-mgdcr").exists()
+def test_nothing_is_unpickled(): assert not UNPICKLED.exists()
 
 
 # From the scanner to the square, and back
