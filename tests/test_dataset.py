@@ -1,5 +1,5 @@
 "Slices in and out of a data set: sides that never touch, runs that are killed, files that lie, workers of every kind."
-import io, tempfile
+import io
 import itertools
 import json
 import os
@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
