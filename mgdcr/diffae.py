@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'LATENT_PARTS', 'Prior', 'lerp', 'slerp', 'interpolate', 'LatentModel', 'fit_latents', 'weights_folder',
-           'shipped', 'sha256_of', 'save_prior', 'load_safetensors', 'read_pickle', 'load_official', 'load_latents',
-           'load_prior']
+           'shipped', 'sha256_of', 'write_whole', 'save_prior', 'load_safetensors', 'read_pickle', 'load_official',
+           'load_latents', 'load_prior']
 
 # %% ../nbs/14_diffae.ipynb #c003
 import hashlib, json, os
@@ -231,7 +231,7 @@ def sha256_of(path) -> str:
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _whole(path, write):
+def write_whole(path, write):
     "Write a file whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,9 +256,9 @@ def save_prior(
     if prior.latents:
         tensors |= {f"latents.{k}": getattr(prior.latents, k).float().contiguous() for k in LATENT_PARTS}
     card = {**prior.card, "network": asdict(prior.config), "schedule": asdict(prior.schedule)}
-    _whole(path, lambda p: save_file(tensors, p, {"card": json.dumps(card)}))
+    write_whole(path, lambda p: save_file(tensors, p, {"card": json.dumps(card)}))
     card |= dict(bytes=path.stat().st_size, sha256=sha256_of(path))
-    _whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
     return card
 
 
