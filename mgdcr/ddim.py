@@ -107,13 +107,14 @@ def _walk(schedule, eps, x, pairs, clip, callback, draw=None):
     for n, (t, here, there) in enumerate(pairs):
         now = torch.full((len(x),), int(t), device=x.device)
         noise = _called(eps, x, now)
-        start = (x - (1 - here)**0.5*noise)/here**0.5
+        start = (1/here)**0.5*x - (1/here - 1)**0.5*noise  # in the official code's order, so that rounding agrees too
         if clip:
             start = start.clamp(-1, 1)
-            noise = (x - here**0.5*start)/(1 - here)**0.5
+            noise = ((1/here)**0.5*x - start)/(1/here - 1)**0.5
         if callback: callback(n, start)
         sigma, fresh = draw(here, there, x) if draw else (0., 0.)
-        x = there**0.5*start + (max(1 - there - sigma**2, 0.))**0.5*noise + sigma*fresh
+        there = x.new_tensor(there)
+        x = there.sqrt()*start + (1 - there - sigma**2).clamp(min=0).sqrt()*noise + sigma*fresh
     return x
 
 

@@ -270,7 +270,7 @@ def _config(known):
     if any(type(v) is not type(defaults[k]) and not (k == "dropout" and v == 0) for k, v in given.items()):
         raise ValueError("its network is none that is known")
     config = UNetConfig(**given)
-    sizes = [config.channels, config.blocks, config.heads, config.embed, config.z, config.image_channels, config.patch, *config.mult, *config.encoder_mult]
+    sizes = [config.channels, config.blocks, config.heads, config.embed, config.z, config.image_channels, config.patch, config.size, config.z_map + 1, *config.mult, *config.encoder_mult]
     if not config.mult or not all(type(n) is int and 1 <= n <= 4096 for n in sizes): raise ValueError("its network has impossible sizes")
     if config.prediction not in ("eps", "v"): raise ValueError(f"it predicts {config.prediction!r}")
     with torch.device("meta"): total = sum(p.numel() for p in UNet(config).parameters()) if max(sizes) <= 4096 else 0
@@ -280,7 +280,7 @@ def _config(known):
 
 def _network(config, tensors):
     with torch.device("meta"): network = UNet(config)
-    return channels_last(fill(network.to_empty(device="cpu"), tensors)).eval()
+    return fill(network.to_empty(device="cpu"), tensors).eval()
 
 
 def _refused(path, why): return StudyError(f"{Path(path).name!r} is no prior that can be used: {why}.")
@@ -300,7 +300,7 @@ def load_safetensors(path, bf16: bool = True) -> Prior:
         network = _network(_config(card.get("network")), tensors)
     except FileNotFoundError: raise StudyError(f"There is no file {Path(path).name!r}.") from None
     except Exception as error: raise _refused(path, _first_line(error)) from None
-    return Prior(network, card, LatentModel(**parts) if parts else None, schedule, bf16)
+    return Prior(channels_last(network), card, LatentModel(**parts) if parts else None, schedule, bf16)
 
 
 def _first_line(error): return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -28,16 +28,22 @@ class UNetConfig:
     image_channels: int = 1
     dropout: float = 0.1
     patch: int = 1                              # space-to-depth: patch × patch pixels become channels at the door
+    z_map: int = 0                              # z_sem as a picture: channels of the map at the coarsest level; 0: official, see below
+    size: int = 128                             # of the picture, pixels; matters for z_map alone
     prediction: str = "eps"                     # what comes out: "eps", or "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans and Ho, 2022)
 
     @property
     def has_encoder(self) -> bool: return bool(self.encoder_mult)
 
+    def coarsest(self, mult: tuple) -> int:
+        "Pixels along the side of the map at the last level of these."
+        return self.size//self.patch//2**(len(mult) - 1)
+
 
 NETWORKS = {
     "diffae128": UNetConfig(),
     "ddim128": UNetConfig(encoder_mult=()),
-    "cine128_compact": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, prediction="v"),
+    "cine128_compact": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, z_map=16, prediction="v"),
     "cine128_compact_ddim": UNetConfig(64, (1, 1, 2), (), 1, (2,), 1, 128, 128, dropout=0., patch=4, prediction="v"),
 }
 
@@ -130,7 +136,9 @@ class Encoder(nn.Module):
                 self.input_blocks.append(_Stage(*layers))
             if level < len(c.encoder_mult) - 1: self.input_blocks.append(_Stage(res(ch, ch, "down")))
         self.middle_block = _Stage(res(ch, ch), AttentionBlock(ch, c.heads), res(ch, ch))
-        self.out = nn.Sequential(_norm(ch), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(ch, c.z, 1), nn.Flatten())
+        if c.z_map: gather = nn.Conv2d(ch, c.z_map, 1), nn.Flatten(), nn.Linear(c.z_map*c.coarsest(c.encoder_mult)**2, c.z)
+        else: gather = nn.AdaptiveAvgPool2d(1), nn.Conv2d(ch, c.z, 1), nn.Flatten()
+        self.out = nn.Sequential(_norm(ch), nn.SiLU(), *gather)
 
     def forward(self, x):
         "(B, C, H, W) in [−1, 1] → (B, z)."
@@ -167,6 +175,10 @@ class UNet(nn.Module):
                 self.output_blocks.append(_Stage(*layers))
         self.out = nn.Sequential(_norm(ch), nn.SiLU(), _zero(nn.Conv2d(ch, c.image_channels*c.patch**2, 3, padding=1)))
         if c.has_encoder: self.encoder = Encoder(c)
+        self.z_seed = None
+        if c.has_encoder and c.z_map:
+            side = c.coarsest(c.mult)
+            self.z_seed = nn.Sequential(nn.Linear(c.z, c.z_map*side**2), nn.Unflatten(1, (c.z_map, side, side)), _zero(nn.Conv2d(c.z_map, c.channels*c.mult[-1], 1)))
 
     def forward(self, x, t, z=None):
         "(B, C, H, W), (B,) timesteps of 1000, (B, z) → (B, C, H, W)."
@@ -174,6 +186,7 @@ class UNet(nn.Module):
         embed = self.time_embed["time_embed"] if c.has_encoder else self.time_embed
         emb, h, laterals = embed(timestep_embedding(t, c.channels)), _stem(x, c.patch), []
         for stage in self.input_blocks: laterals.append(h := stage(h, emb, z))
+        if self.z_seed is not None: h = h + self.z_seed(z)
         h = self.middle_block(h, emb, z)
         for stage in self.output_blocks: h = stage(torch.cat([h, laterals.pop()], 1), emb, z)
         h = self.out(h)
