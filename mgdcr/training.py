@@ -164,13 +164,21 @@ def begin(
     network, started_from = channels_last(UNet(NETWORKS[recipe.network])), 0
     if recipe.init:
         old = load_prior(recipe.init)
-        if old.config != network.config: raise StudyError(f"init={Path(recipe.init).name!r} is another network than {recipe.network}: give network to match.")
-        network.load_state_dict(old.network.state_dict())
+        _start_from(network, old, Path(recipe.init).name)
         started_from = int(old.card.get("samples") or 0)
     network.to(device)
     run = Run(recipe, network, {k: v.detach().clone() for k, v in network.state_dict().items()},
               torch.optim.Adam(network.parameters(), lr=recipe.lr), started_from=started_from)
     return _carried_on(run, Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else run
+
+
+def _start_from(network, old, name):
+    "The same network's numbers; or a plain diffusion model's, to which z_sem says nothing yet and encoder and all are new."
+    if old.config == network.config: network.load_state_dict(old.network.state_dict())
+    elif network.config.has_encoder and old.config == replace(network.config, encoder_mult=(), z_map=0):
+        state = {f"time_embed.{k}" if k.startswith("time_embed.") else k: v for k, v in old.network.state_dict().items()}
+        network.load_state_dict(network.state_dict() | state)
+    else: raise StudyError(f"init={name!r} is another network than the recipe's: give network to match.")
 
 
 def _carried_on(run, path):
@@ -234,7 +242,7 @@ def train(
     "Train until the budget is spent; a run that was stopped goes on from folder/last.ckpt."
     from accelerate import Accelerator
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if recipe.precision == "bf16" else "no")
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # precision is ours: accelerate allows one a process
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if recipe.batch//recipe.accumulate % world:
         raise StudyError(f"{recipe.batch//recipe.accumulate} samples cannot be shared by {world} processes: change batch.")
@@ -251,6 +259,10 @@ def train(
     def validate():
         with clock.stopped(): book.validation(run, check(run.prior().to(accelerator.device)))
 
+    def save():
+        if book: book.flush()  # a checkpoint never knows more than the logs
+        if checkpoint: run.save(checkpoint)
+
     while (run.samples < recipe.samples) if recipe.samples else (clock.shared(accelerator) < 60*recipe.minutes):
         torch.manual_seed((recipe.seed*1_000_003 + run.step)*world + rank)  # dropout's
         for group in run.optimizer.param_groups: group["lr"] = recipe.lr*pace(recipe, run.samples, clock.seconds/60)
@@ -259,7 +271,7 @@ def train(
         for part in range(recipe.accumulate):
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
             with accelerator.no_sync(loss_of) if part < recipe.accumulate - 1 else nullcontext():
-                piece = loss_of(batch)/recipe.accumulate
+                with autocast(accelerator.device, recipe.precision == "bf16"): piece = loss_of(batch)/recipe.accumulate
                 accelerator.backward(piece)
             loss = loss + piece.detach()
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), recipe.clip)
@@ -276,10 +288,10 @@ def train(
                 told = run.seconds
                 progress(dict(stage=f"{run.samples} samples in {told/60:.0f} min, loss {loss:.4f}"))
             if check and run.seconds - checked > 60*validate_minutes: checked = validate() or run.seconds
-            if checkpoint and run.seconds - saved > 60*save_minutes: saved = run.save(checkpoint) or run.seconds
+            if run.seconds - saved > 60*save_minutes: saved = save() or run.seconds
         if ending: break
     if check and not (stop and ending): validate()
-    if main and checkpoint: run.save(checkpoint)
+    if main: save()
     if book: book.close()
     accelerator.wait_for_everyone()
     return run
@@ -340,15 +352,14 @@ class _Book:
 
     def loss(self, run, loss):
         self._row("losses", run.samples, loss, run.optimizer.param_groups[0]["lr"], run.seconds)
-        if run.step % 20: return
-        self.files["losses"].flush()
-        if self.board: self.board.add_scalar("loss", loss, run.samples)
+        if self.board and run.step % 20 == 0: self.board.add_scalar("loss", loss, run.samples)
 
     def validation(self, run, rows):
         for row in rows:
             self._row("validation", run.samples, run.seconds, row["t"], row["eps_mse"], row["psnr"], row["psnr_other_z"])
             if self.board: self.board.add_scalar(f"psnr/t{row['t']}", row["psnr"], run.samples)
-        self.files["validation"].flush()
+    def flush(self):
+        for file in self.files.values(): file.flush()
 
     def close(self):
         for file in (*self.files.values(), self.board):

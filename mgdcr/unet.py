@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         self.resample = resample  # "", "down" or "up", by two
         self.in_layers = nn.Sequential(_norm(cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, padding=1))
         if embed: self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed, 2*cout))
-        if z: self.cond_emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(z, cout))
+        if z: self.cond_emb_layers = nn.Sequential(nn.SiLU(), _zero(nn.Linear(z, cout)))
         self.out_layers = nn.Sequential(_norm(cout), nn.SiLU(), nn.Dropout(dropout), _zero(nn.Conv2d(cout, cout, 3, padding=1))) if embed else None
         self.skip_connection = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
 
