@@ -250,13 +250,13 @@ def save_prior(
     path,  # x.safetensors; x.json is written beside it
 ) -> dict:  # the card, with its SHA-256
     "A prior in bfloat16 with its card."
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in prior.network.state_dict().items()}
     if prior.latents:
         tensors |= {f"latents.{k}": getattr(prior.latents, k).float().contiguous() for k in LATENT_PARTS}
     card = {**prior.card, "network": asdict(prior.config), "schedule": asdict(prior.schedule)}
-    write_whole(path, lambda p: save_file(tensors, p, {"card": json.dumps(card)}))
+    write_whole(path, lambda p: p.write_bytes(save(tensors, {"card": json.dumps(card)})))
     card |= dict(bytes=path.stat().st_size, sha256=sha256_of(path))
     write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
     return card

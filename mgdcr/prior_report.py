@@ -6,19 +6,19 @@
 __all__ = ['LICENCE', 'Planes', 'planes_of', 'stored_planes', 'over_hearts', 'kind_of', 'summary', 'denoising', 'heart_of',
            'plane_labels', 'nearest', 'from_z_alone', 'draw', 'copying', 'stacks_of', 'between_slices', 'z_between',
            'round_trips', 'neighbours', 'rows_of', 'curves', 'walk_through', 'validation_planes', 'tiny_data_set',
-           'save_training', 'report', 'reported_stacks']
+           'save_training', 'report', 'reported_stacks', 'main']
 
 # %% ../nbs/16_prior_report.ipynb #c003
 import json, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .dataset import SliceRecord, SliceStore, source_jobs, study_slices
+from .dataset import SliceStore, study_slices
 from .ddim import q_sample, x_start_from
 from .diffae import Prior, interpolate, lerp, save_prior
 from .dicom import StudyError
-from .metrics import bootstrap_interval, dice, dice_rule, psnr, ssim
+from .metrics import bootstrap_interval, dice_rule, ssim
 
 # %% ../nbs/16_prior_report.ipynb #c005
 @dataclass
@@ -160,7 +160,7 @@ def nearest(
 ) -> tuple:  # index (N,), root mean square distance (N,)
     "Which of many pictures is nearest to each."
     a, b = pictures.flatten(1), among.flatten(1)
-    least = [(torch.cdist(a, part) if part.dtype == a.dtype else torch.cdist(a, part.to(a))).min(1) for part in b.split(2000)]
+    least = [torch.cdist(a, part).min(1) for part in b.split(2000)]
     values = torch.stack([m.values for m in least])
     which = values.argmin(0)
     index = torch.stack([m.indices for m in least]).gather(0, which[None])[0] + 2000*which
@@ -351,7 +351,6 @@ def walk_through(
 # %% ../nbs/16_prior_report.ipynb #c020
 def validation_planes(recipe, most: int = 8) -> tuple:  # x_0 (n, 1, H, W), what z is encoded from, titles
     "Planes of the tuning side, of the training side where there is none."
-    from dataclasses import replace
     from mgdcr.training import Stream
     try: stream = Stream(replace(recipe, varied=False), "tune")
     except StudyError: stream = Stream(replace(recipe, varied=False))
@@ -407,7 +406,7 @@ def report(
     most: int = 8, # planes of a heart
 ) -> dict:  # for results/record/prior.json
     "All numbers of a prior."
-    ours, within = priors["DiffAE"], (0.0, 1.0)
+    ours = priors["DiffAE"]
     reported, training = stored_planes(data, "report", most=most), stored_planes(data, "train")
     found = dict(denoising=[], from_z_alone=[])
     for kind in ("digital hearts", "held-out anatomies"):
@@ -421,7 +420,7 @@ def report(
     samples = torch.cat([draw(ours, s[n:n + 1], seed=n) for n in range(64)])
     found["copying"] = copying(samples, reported.thin, training.thin)
     found["between_slices"] = summary(between_slices({k: p for k, p in priors.items() if p.config.has_encoder}, stacks), "linear")
-    middle = [n for n, r in enumerate(reported.records) if 0.2 < r.s < 0.8][:8]
+    middle = sorted(range(len(reported)), key=lambda n: abs(reported.records[n].s - 0.5))[:8]
     found["round_trips"] = round_trips(ours, reported.thin[middle])
     return found
 
@@ -438,10 +437,31 @@ def reported_stacks(acdc=None, phantoms: int = 20, anatomies: int = 2) -> list:
         studies.append(study)
     slices = [pair for study in studies for pair in study_slices(study)]
     if acdc is not None:
-        slices += [(_named(r, subject), x) for subject, source in array_jobs(acdc) if side_of(subject) == "report" for r, x in source()]
+        slices += [(replace(r, subject=subject), x) for subject, source in array_jobs(acdc) if side_of(subject) == "report" for r, x in source()]
     return stacks_of(slices)
 
 
-def _named(record, subject):
-    from dataclasses import replace
-    return replace(record, subject=subject)
+
+
+def main(argv: list | None = None) -> int:
+    "Write all numbers of the priors named."
+    import argparse
+    from mgdcr.diffae import load_prior
+    p = argparse.ArgumentParser("python -m mgdcr.prior_report", description="All numbers of a prior, on the reporting side of a data set.")
+    p.add_argument("data", help="a data set with a training and a reporting side, made by prepare_data")
+    p.add_argument("--prior", default="cine128_compact")
+    p.add_argument("--baseline", default="cine128_compact_ddim", help="the plain diffusion model")
+    p.add_argument("--acquired", help="a prior trained on acquired slices, for comparison")
+    p.add_argument("--acdc", help="folder of patientXXX_ED.npz")
+    p.add_argument("--most", type=int, default=8, help="planes of a heart")
+    p.add_argument("--out", default="results/record/prior.json")
+    args = p.parse_args(argv)
+    priors = {"DiffAE": load_prior(args.prior), "DDIM": load_prior(args.baseline)}
+    if args.acquired: priors["DiffAE, acquired"] = load_prior(args.acquired)
+    found = report(priors, args.data, reported_stacks(args.acdc), args.most)
+    found["priors"] = {name: {k: prior.card.get(k) for k in ("name", "samples", "slab_mm")} for name, prior in priors.items()}
+    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())

@@ -279,7 +279,7 @@ def train(
         _guard(loss, float(norm), run)
         run.optimizer.step()
         run.step += 1
-        _average(run.ema, run.network, recipe.ema if recipe.init else min(recipe.ema, (1 + run.step)/(10 + run.step)))
+        _average(run.ema, run.network, min(recipe.ema, (1 + run.step)/(10 + run.step)))
         run.seconds = clock.seconds
         ending = bool(stop and stop(run))
         if main:

@@ -139,6 +139,8 @@ class Encoder(nn.Module):
         if c.z_map: gather = nn.Conv2d(ch, c.z_map, 1), nn.Flatten(), nn.Linear(c.z_map*c.coarsest(c.encoder_mult)**2, c.z)
         else: gather = nn.AdaptiveAvgPool2d(1), nn.Conv2d(ch, c.z, 1), nn.Flatten()
         self.out = nn.Sequential(_norm(ch), nn.SiLU(), *gather)
+        if c.z_map:
+            with torch.no_grad(): self.out[-1].weight.mul_(5)  # so that a new z_sem has a standard deviation of about 1, and is heard from the start
 
     def forward(self, x):
         "(B, C, H, W) in [−1, 1] → (B, z)."
