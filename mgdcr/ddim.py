@@ -143,9 +143,10 @@ def invert(
     x_start: torch.Tensor,  # (B, C, H, W)
     steps: int = 20,
     clip: bool = True,
+    last: bool = True,  # the official last step, to ᾱ = 0, after which nothing is left but ε̂; else stop where `sample` starts
     callback=None,
 ) -> torch.Tensor:  # x_T
-    "From a picture to its noise: `sample` backwards (DiffAE's stochastic encoder, eq. 8). After the last step nothing is left but ε̂."
+    "From a picture to its noise: `sample` backwards (DiffAE's stochastic encoder, eq. 8)."
     ts = timesteps(steps, schedule.T)
-    abar = [float(schedule.alphas_cumprod[t]) for t in ts] + [0.]
-    return _walk(schedule, eps, x_start, zip(ts, abar, abar[1:]), clip, callback)
+    abar = [float(schedule.alphas_cumprod[t]) for t in ts] + [0.]*last
+    return _walk(schedule, eps, x_start, zip(ts, abar, abar[1:]), clip, callback)  # without the last step one pair fewer

@@ -61,9 +61,9 @@ class Prior:
         "x̂_0 in one call, not clipped."
         return x_start_from(self.schedule, self.eps(x_t, t, z), x_t, t)
 
-    def encode_stochastic(self, x, z=None, steps: int = 20, clip: bool = True, callback=None) -> torch.Tensor:
+    def encode_stochastic(self, x, z=None, steps: int = 20, clip: bool = True, last: bool = True, callback=None) -> torch.Tensor:
         "x_T (B, C, H, W): the noise from which `render` makes x."
-        return invert(self.schedule, lambda x_t, t: self.eps(x_t, t, z), x, steps, clip, callback)
+        return invert(self.schedule, lambda x_t, t: self.eps(x_t, t, z), x, steps, clip, last, callback)
 
     def render(self, x_T, z=None, steps: int = 20, eta: float = 0., clip: bool = True, generator=None, callback=None) -> torch.Tensor:
         "x_0 (B, C, H, W) from noise."

@@ -93,13 +93,16 @@ def summary(
     for key, methods in groups.items():
         for method, values in methods.items():
             mean, low, high = bootstrap_interval(list(values.values()))
-            line = dict(zip(keys, key)) | dict(method=method, mean=round(mean, 4), low=round(low, 4), high=round(high, 4), hearts=len(values))
+            line = dict(zip(keys, key)) | dict(method=method, mean=_short(mean), low=_short(low), high=_short(high), hearts=len(values))
             if against and method != against and against in methods:
                 both = sorted(values.keys() & methods[against].keys())
                 d = bootstrap_interval([values[s] for s in both], [methods[against][s] for s in both])
-                line |= dict(zip(("difference", "difference_low", "difference_high"), (round(x, 4) for x in d)))
+                line |= dict(zip(("difference", "difference_low", "difference_high"), map(_short, d)))
             out.append(line)
     return out
+
+
+def _short(x): return float(f"{x:.5g}")
 
 # %% ../nbs/16_prior_report.ipynb #c008
 @torch.no_grad()
@@ -112,12 +115,15 @@ def denoising(
 ) -> list:  # rows: subject, method, t, metric (eps_mse, psnr), value
     "Scores of one call at noise levels, the same noise for all priors."
     noise, rows = torch.randn(planes.thin.shape, generator=torch.Generator().manual_seed(seed)), []
-    for name, prior in priors.items():
+    told = {name: torch.cat([prior.encode(part) for part in planes.acquired.split(batch)]) if prior.config.has_encoder else None for name, prior in priors.items()}
+    asked = [(name, prior, told[name]) for name, prior in priors.items()]
+    asked += [(f"{name}, another's z", prior, told[name].roll(len(planes)//2, 0)) for name, prior in priors.items() if told[name] is not None]
+    for name, prior, zs in asked:
         for t in times:
             mse, db = [], []
             for part in torch.arange(len(planes)).split(batch):
                 x, n, now = planes.thin[part], noise[part], torch.full((len(part),), t)
-                z = prior.encode(planes.acquired[part]) if prior.config.has_encoder else None
+                z = None if zs is None else zs[part]
                 x_t = q_sample(prior.schedule, x, now, n)
                 eps = prior.eps(x_t, now, z)
                 mse += (eps - n).square().mean((1, 2, 3)).tolist()
@@ -272,12 +278,13 @@ def round_trips(
     prior: Prior,
     x: torch.Tensor,  # (B, 1, H, W)
     counts: tuple = (5, 10, 20, 50, 100),
+    last: bool = True,  # as in `ddim.invert`
 ) -> list:  # rows: steps, psnr, ssim, x_T_std, x_T_neighbours
     "There and back for several numbers of steps."
     rows, whole = [], np.ones(x.shape[2:], bool)
     z = prior.encode(x) if prior.config.has_encoder else None
     for steps in counts:
-        x_T = prior.encode_stochastic(x, z, steps)
+        x_T = prior.encode_stochastic(x, z, steps, last=last)
         back = prior.render(x_T, z, steps)
         rows.append(dict(steps=steps, psnr=round(float(np.mean(_psnr(back, x))), 2),
                          ssim=round(float(np.mean([ssim(u[0].numpy() + 1, v[0].numpy() + 1, whole, 2.) for u, v in zip(back, x)])), 4),
@@ -398,7 +405,58 @@ def save_training(
         (made/"summary.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
 
-# %% ../nbs/16_prior_report.ipynb #c034
+# %% ../nbs/16_prior_report.ipynb #c022
+def validation_planes(recipe, most: int = 8) -> tuple:  # x_0 (n, 1, H, W), what z is encoded from, titles
+    "Planes of the tuning side, of the training side where there is none."
+    from dataclasses import replace
+    from mgdcr.training import Stream
+    try: stream = Stream(replace(recipe, varied=False), "tune")
+    except StudyError: stream = Stream(replace(recipe, varied=False))
+    places = stream.places
+    records = [stream.sets[k].store.record(int(stream.sets[k].numbers[n].max())) for k, n in places]
+    order = sorted(range(len(places)), key=lambda n: records[n].s if records[n].s is not None else 0.)
+    chosen = [order[k] for k in np.unique(np.linspace(0, len(order) - 1, most).round().astype(int))]
+    pictures = [stream.pictures(places[n]) for n in chosen]
+    acquired = torch.stack([p.get("acquired", p["x_start"]) for p in pictures])
+    x = acquired if recipe.target == "acquired" else torch.stack([p["x_start"] for p in pictures])
+    return x, acquired, [f"s = {records[n].s:.2f}" if records[n].s is not None else records[n].view.removeprefix("lax_") for n in chosen]
+
+
+def tiny_data_set(folder, view: str = "sax") -> str:
+    "Three made-up hearts, two to train on and one to validate on: for tests."
+    from mgdcr.dataset import Simulation, simulated_jobs, write_lmdb
+    path = Path(folder)/"tiny.lmdb"
+    write_lmdb(path, simulated_jobs(["phantom-10000", "phantom-10001", "phantom-100"], simulation=Simulation(("yardstick-1",), 12, 2)))
+    return str(path)
+
+
+LICENCE = "MIT, as the project's code; trained on simulated hearts"
+
+
+def save_training(
+    folder,   # <out_dir>/<subject>, from the project's root, or absolute
+    path,     # of the prior, x.safetensors
+    prior: Prior,
+    run,      # of `train`
+    validation: list,  # rows of the log
+    figures: dict,     # name → matplotlib figure
+) -> list:  # the files' names
+    "The prior with its card, summary.json and figures, whole or not at all."
+    from mgdcr.dataset import SliceStore
+    from mgdcr.jobs import run_folder
+    from mgdcr.study import project_root
+    last = [row for row in validation if row["samples"] == validation[-1]["samples"]] if validation else []
+    stores = [SliceStore(project_root()/Path(p.strip()).expanduser()) for p in run.recipe.data.split(",")]
+    prior.card |= dict(validation={f"t={row['t']}": dict(eps_mse=float(row["eps_mse"]), psnr=float(row["psnr"])) for row in last}, licence=LICENCE,
+                       data=[{k: store.provenance.get(k) for k in ("parameters", "subjects", "slices")} for store in stores])
+    card = save_prior(prior, path)
+    with run_folder(project_root()/Path(str(folder)).expanduser()) as made:
+        (made/"figures").mkdir(exist_ok=True)
+        for name, figure in figures.items(): figure.savefig(made/"figures"/f"{name}.png", dpi=100, bbox_inches="tight")
+        (made/"summary.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
+
+# %% ../nbs/16_prior_report.ipynb #c036
 def report(
     priors: dict,  # "DiffAE", "DDIM", and perhaps "DiffAE, acquired": Prior
     data,          # a data set with a training and a reporting side
