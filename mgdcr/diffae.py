@@ -25,7 +25,7 @@ class Prior:
     card: dict = field(default_factory=dict)   # what it is and knows: network, pixel_mm, slab_mm, data, samples, scores, …
     latents: "LatentModel | None" = None       # of z_sem along the LV axis
     schedule: Schedule = Schedule()
-    bf16: bool = False                         # multiply in bfloat16: three times as fast on a CPU that can
+    bf16: bool = False                         # multiply in bfloat16: faster on a GPU, and compiled on a CPU that can
 
     @property
     def device(self): return next(self.network.parameters()).device
