@@ -249,7 +249,7 @@ def between_slices(
     for subject, stack in stacks:
         a, truth, b = stack[:-2:2], stack[1:-1:2], stack[2::2]
         guesses = {"linear": (a + b)/2} | {name: interpolate(p, a, b, [0.5], steps)[0] for name, p in priors.items()}
-        guesses |= {f"{name}, z alone": z_between(p, a, b, steps) for name, p in priors.items()}
+        guesses |= {f"{name}, from the line": z_between(p, a, b, steps) for name, p in priors.items()}
         whole = np.ones(truth.shape[2:], bool)
         for method, x in guesses.items():
             likeness = [ssim(u[0].numpy() + 1, v[0].numpy() + 1, whole, 2.) for u, v in zip(x, truth)]
