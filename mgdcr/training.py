@@ -7,9 +7,9 @@ __all__ = ['BUDGET', 'LOG_COLUMNS', 'PEAK', 'SPEEDS', 'Recipe', 'Stream', 'Run',
            'Validation', 'encode_data_set', 'along_the_axis', 'save_latents', 'speed', 'flops', 'parser', 'main']
 
 # %% ../nbs/15_training.ipynb #c003
-import argparse, copy, csv, json, math, sys, time
+import argparse, csv, json, math, sys, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -74,6 +74,13 @@ class Stream(torch.utils.data.Dataset):
         self.shares, self.kept, self.most_kept = weights/weights.sum(), {}, most_kept
 
     @property
+    def about(self) -> dict:
+        "What a card says of x_0: slab_mm, 0 for thin planes, None where it is not known; pixel_mm, None where sets differ or do not say."
+        thin = self.recipe.target == "thin" and all((data.numbers[:, 0] >= 0).all() for data in self.sets)
+        pixels = {(data.store.provenance.get("parameters") or {}).get("preparation", {}).get("pixel_mm") for data in self.sets}
+        return dict(slab_mm=0 if thin else None, acquired=not thin, pixel_mm=pixels.pop() if len(pixels) == 1 else None)
+
+    @property
     def places(self) -> list:
         "(data set, plane) of all planes, in order."
         return sorted(place for group in self.groups.values() for place in group)
@@ -125,6 +132,7 @@ class Run:
     step: int = 0
     seconds: float = 0.     # of training
     started_from: int = 0   # samples that `init` had seen
+    about: dict = field(default_factory=dict)  # of `Stream`
 
     @property
     def samples(self) -> int: return self.step*self.recipe.batch
@@ -139,8 +147,7 @@ class Run:
         r = self.recipe
         told = {**asdict(r), "data": ",".join(Path(p).name for p in r.data.split(",")), "init": Path(r.init).name}
         return dict(name=r.network, view=r.view, samples=self.samples + self.started_from, warm_start_samples=self.started_from, steps=self.step,
-                    minutes=round(self.seconds/60, 1), slab_mm=0 if r.target == "thin" else "as acquired, 6 to 10", pixel_mm=1.4,
-                    frame="right ventricle to the left, anterior wall up", recipe=told)
+                    minutes=round(self.seconds/60, 1), **self.about, frame="right ventricle to the left, anterior wall up", recipe=told)
 
     def save(self, path):
         "last.ckpt."
@@ -151,7 +158,7 @@ class Run:
         write_whole(path, lambda partial: torch.save(found, partial))
 
 
-BUDGET = {"samples", "minutes", "init", "compiled"}  # what may differ between a run and its continuation
+BUDGET = {"samples", "minutes", "compiled"}  # what may differ between a run and its continuation
 
 
 def begin(
@@ -248,6 +255,7 @@ def train(
         raise StudyError(f"{recipe.batch//recipe.accumulate} samples cannot be shared by {world} processes: change batch.")
     checkpoint = Path(folder)/"last.ckpt" if folder else None
     stream, run = Stream(recipe), begin(recipe, accelerator.device, checkpoint)
+    run.about = stream.about
     loss_of = _Loss(compiled(run.network) if recipe.compiled else run.network)
     loss_of, run.optimizer = accelerator.prepare(loss_of, run.optimizer)
     batches = iter(torch.utils.data.DataLoader(stream, batch_sampler=_Turn(recipe, run.step, rank, world), num_workers=workers, pin_memory=not cpu))

@@ -248,3 +248,10 @@ def test_readme_tells_the_parameters_and_methods_there_are():
     from mgdcr.inverse import METHODS
     row = next(line for line in README.splitlines() if line.startswith("| `method`"))
     assert set(re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])) == set(METHODS)
+
+
+def test_no_module_defines_a_name_twice():
+    import ast
+    for path in sorted((ROOT / "mgdcr").glob("*.py")):
+        names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assert len(names) == len(set(names)), (path.name, sorted({n for n in names if names.count(n) > 1}))

@@ -117,10 +117,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_so(tmp_path, data, monk
     assert (tmp_path / "last.ckpt").read_bytes() == good
 
 
+def test_a_run_is_not_carried_on_as_another(tmp_path, data):
+    recipe = Recipe(str(data), "small", samples=8, batch=4, precision="float32")
+    train(recipe, tmp_path, device="cpu")
+    for change in (dict(init=str(tmp_path / "last.ckpt")), dict(lr=2e-3), dict(seed=1)):
+        with pytest.raises(StudyError, match="another recipe"): train(replace(recipe, samples=16, **change), tmp_path, device="cpu")
+
+
+def test_a_card_does_not_call_acquired_slices_thin(tmp_path):
+    def pictures():
+        for n in range(4): yield SliceRecord("phantom-10003", "sax", "acquired", pair=n, slice=n, s=n / 4, heart="patient"), np.zeros((128, 128), np.float32)
+    write_lmdb(tmp_path / "x.lmdb", [("phantom-10003", pictures)], about=dict(preparation=dict(pixel_mm=1.2)))
+    card = train(Recipe(str(tmp_path / "x.lmdb"), "small", samples=4, batch=4, precision="float32"), device="cpu").card()
+    assert card["acquired"] and card["slab_mm"] is None and card["pixel_mm"] == 1.2
+
+
 def test_accumulated_parts_are_one_batch(data):
     recipe = Recipe(str(data), "small", samples=24, batch=8, precision="float32", varied=False)
-    SMALL_DRY = replace(SMALL, dropout=0.0)
-    NETWORKS["small"] = SMALL_DRY
+    NETWORKS["small"] = replace(SMALL, dropout=0.0)  # the fixture puts the other one back
     one, two = train(recipe, device="cpu"), train(replace(recipe, accumulate=2), device="cpu")
     for k, v in one.network.state_dict().items(): torch.testing.assert_close(v, two.network.state_dict()[k], rtol=1e-3, atol=2e-5)
 
