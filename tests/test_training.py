@@ -142,8 +142,8 @@ def test_accumulated_parts_are_one_batch(data):
 def test_bf16_learns_as_float32_does(data):
     recipe = Recipe(str(data), "small", samples=400, batch=8, varied=False, lr=2e-3)
     check = Validation(recipe)
-    scores = {p: np.mean([row["psnr"] for row in check(train(replace(recipe, precision=p), device="cpu").prior())]) for p in ("bf16", "float32")}
-    new = np.mean([row["psnr"] for row in check(begin(recipe).prior())])
+    scores = {p: np.mean([row["psnr"] for row in check(train(replace(recipe, precision=p), device="cpu").learnt())]) for p in ("bf16", "float32")}
+    new = np.mean([row["psnr"] for row in check(begin(recipe).learnt())])
     assert min(scores.values()) > new + 0.4 and abs(scores["bf16"] - scores["float32"]) < 0.5
 
 
