@@ -9,10 +9,10 @@ __all__ = ['SIDES', 'ANTERIOR_CLOCK', 'ORIENTATIONS', 'CENTRINGS', 'LV_TO_HEART_
            'places_by_labels', 'SliceRecord', 'encode', 'decode', 'Preparation', 'spread', 'study_slices',
            'folder_slices', 'folder_labels', 'array_slices', 'folder_jobs', 'read_arrays', 'array_patient',
            'array_jobs', 'paired_slices', 'sheet', 'Simulation', 'stream', 'subject_protocol', 'moments',
-           'simulated_frame', 'simulated_slices', 'simulated_jobs', 'phantom_jobs', 'heart_jobs', 'SliceStore',
-           'partial_store', 'write_lmdb', 'SliceDataset', 'words', 'source_jobs', 'about_slices', 'Prepared', 'cores',
-           'prepare', 'save_report', 'split_table', 'by_heart', 'contact_sheet', 'intensity_histograms', 'random_moves',
-           'warp', 'shading', 'augment']
+           'simulated_frame', 'simulated_heart', 'labels_in_plane', 'simulated_slices', 'simulated_jobs',
+           'phantom_jobs', 'heart_jobs', 'SliceStore', 'partial_store', 'write_lmdb', 'SliceDataset', 'words',
+           'source_jobs', 'about_slices', 'Prepared', 'cores', 'prepare', 'save_report', 'split_table', 'by_heart',
+           'contact_sheet', 'intensity_histograms', 'random_moves', 'warp', 'shading', 'augment']
 
 # %% ../nbs/11_dataset.ipynb #c003
 import importlib, io, json, os, re, shutil, time, zipfile
@@ -691,18 +691,36 @@ def simulated_frame(
     return HeartFrame(centre + ((middle - centre) @ w)*w, axes)
 
 # %% ../nbs/11_dataset.ipynb #32aa3dcb
+def simulated_heart(
+    subject: str,  # "phantom-10000", "heart-03", "heart-03-v0005"
+):  # `heart.Heart` or `label_heart.LabelHeart`
+    "The made-up heart or the anatomy with this name."
+    number = re.fullmatch(r"phantom-(\d+)", subject)
+    return digital_heart(int(number[1])) if number else label_heart(subject)
+
+
+def labels_in_plane(
+    heart,  # a simulated one
+    affine: np.ndarray,  # (4, 4) of the plane
+    size: int,
+    phase: float,  # fraction of the R-R interval
+) -> np.ndarray:  # (size, size) uint8: 1 RV cavity, 2 LV wall, 3 LV cavity
+    "Where the cavities truly are in a square plane."
+    j, i = np.mgrid[:size, :size]
+    points = affine[:3, 3] + i[..., None]*affine[:3, 0] + j[..., None]*affine[:3, 1]
+    return heart.labels(torch.as_tensor(points, dtype=torch.float32), float(phase)).numpy().astype(np.uint8)
+
+
 def simulated_slices(
     subject: str,  # "phantom-10000", "heart-03", "heart-03-v0005"
     preparation: Preparation = Preparation(),
     simulation: Simulation = Simulation(),
 ):  # yields (SliceRecord, image)
     "Planes of a simulated heart, thin and acquired, made ready."
-    number = re.fullmatch(r"phantom-(\d+)", subject)
-    heart = digital_heart(int(number[1])) if number else label_heart(subject)
-    rng = stream(subject)
+    heart, rng = simulated_heart(subject), stream(subject)
     protocol = subject_protocol(rng, preparation, simulation)
     planes = list(training_planes(heart, protocol, rng, moments(simulation.moments, rng), simulation.planes))
-    whose = f"{heart.parameters.condition} {'phantom' if number else 'anatomy'}"
+    whose = f"{heart.parameters.condition} {'phantom' if subject.startswith('phantom-') else 'anatomy'}"
     frame = simulated_frame(heart, preparation.centring)
     yield from paired_slices(subject, planes, frame, preparation, whose, protocol.name)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'LATENT_PARTS', 'Prior', 'lerp', 'slerp', 'interpolate', 'LatentModel', 'fit_latents', 'weights_folder',
-           'shipped', 'sha256_of', 'write_whole', 'save_prior', 'load_safetensors', 'read_pickle', 'load_official',
-           'load_latents', 'load_prior']
+           'shipped', 'weights_file', 'sha256_of', 'write_whole', 'write_weights', 'read_weights', 'save_prior',
+           'load_safetensors', 'read_pickle', 'load_official', 'load_latents', 'load_prior']
 
 # %% ../nbs/14_diffae.ipynb #c003
 import hashlib, json, os
@@ -221,9 +221,25 @@ def weights_folder() -> Path:
     return Path(mgdcr.__file__).parent/"weights"
 
 
-def shipped() -> list:
-    "Names of the priors that ship."
-    return sorted(path.stem for path in weights_folder().glob("*.safetensors") if path.with_suffix(".json").exists())
+def shipped(kind: str = "prior") -> list:
+    "Names of the networks of a kind that ship."
+    there = [path for path in weights_folder().glob("*.safetensors") if path.with_suffix(".json").exists()]
+    return sorted(path.stem for path in there if json.loads(path.with_suffix(".json").read_text()).get("kind", "prior") == kind)
+
+
+def weights_file(
+    name,  # a shipped network's name, or the path of a .safetensors
+    kind: str = "prior",
+) -> Path:
+    "Where weights lie; what ships must be what its card describes."
+    path = Path(str(name)).expanduser()
+    if path.suffix in (".safetensors", ".ckpt"): return path
+    if str(name) not in shipped(kind):
+        raise StudyError(f"There is no {kind} {str(name)!r}: give one of {', '.join(shipped(kind)) or 'none (none is shipped)'}, or a .ckpt or .safetensors file.")
+    path = weights_folder()/f"{name}.safetensors"
+    if sha256_of(path) != json.loads(path.with_suffix(".json").read_text()).get("sha256"):
+        raise StudyError(f"{path.name!r} is not the file that its card describes: install the package again.")
+    return path
 
 
 def sha256_of(path) -> str:
@@ -242,6 +258,28 @@ def write_whole(path, write):
     finally: partial.unlink(missing_ok=True)
 
 
+def write_weights(
+    path,  # x.safetensors; x.json is written beside it
+    tensors: dict, card: dict,
+) -> dict:  # the card, with size and SHA-256
+    "Tensors and their card, each file whole or not at all."
+    from safetensors.torch import save
+    path = Path(path)
+    write_whole(path, lambda p: p.write_bytes(save(tensors, {"card": json.dumps(card)})))
+    card = card | dict(bytes=path.stat().st_size, sha256=sha256_of(path))
+    write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+    return card
+
+
+def read_weights(path) -> tuple:  # tensors, card
+    "What `write_weights` wrote; `ValueError` and others for anything else."
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        card = json.loads((file.metadata() or {}).get("card", "null"))
+        if not isinstance(card, dict): raise ValueError("it has no card")
+        return {k: file.get_tensor(k) for k in file.keys()}, card
+
+
 LATENT_PARTS = "knots", "means", "basis", "scale", "length", "rest"
 
 
@@ -250,16 +288,10 @@ def save_prior(
     path,  # x.safetensors; x.json is written beside it
 ) -> dict:  # the card, with its SHA-256
     "A prior in bfloat16 with its card."
-    from safetensors.torch import save
-    path = Path(path)
     tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in prior.network.state_dict().items()}
     if prior.latents:
         tensors |= {f"latents.{k}": getattr(prior.latents, k).float().contiguous() for k in LATENT_PARTS}
-    card = {**prior.card, "network": asdict(prior.config), "schedule": asdict(prior.schedule)}
-    write_whole(path, lambda p: p.write_bytes(save(tensors, {"card": json.dumps(card)})))
-    card |= dict(bytes=path.stat().st_size, sha256=sha256_of(path))
-    write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
-    return card
+    return write_weights(path, tensors, {**prior.card, "network": asdict(prior.config), "schedule": asdict(prior.schedule)})
 
 
 def _config(known):
@@ -288,12 +320,8 @@ def _refused(path, why): return StudyError(f"{Path(path).name!r} is no prior tha
 
 def load_safetensors(path, bf16: bool = True) -> Prior:
     "A prior from a file that `save_prior` wrote."
-    from safetensors import safe_open
     try:
-        with safe_open(path, "pt") as file:
-            card = json.loads((file.metadata() or {}).get("card", "null"))
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-        if not isinstance(card, dict): raise ValueError("it has no card")
+        tensors, card = read_weights(path)
         parts = {k[8:]: tensors.pop(k).double() for k in list(tensors) if k.startswith("latents.")}
         if parts and set(parts) != set(LATENT_PARTS): raise ValueError("its model of z_sem is not complete")
         schedule = Schedule(**card["schedule"]) if "schedule" in card else Schedule()
@@ -369,12 +397,5 @@ def load_prior(
     bf16: bool = True,  # see `Prior`
 ) -> Prior:
     "A prior by name or by file."
-    path = Path(str(name)).expanduser()
-    if path.suffix == ".ckpt": return load_official(path, bf16=bf16).to(device)
-    if path.suffix == ".safetensors": return load_safetensors(path, bf16).to(device)
-    if str(name) not in shipped():
-        raise StudyError(f"There is no prior {str(name)!r}: give one of {', '.join(shipped()) or 'none (none is shipped)'}, or a .ckpt or .safetensors file.")
-    path = weights_folder()/f"{name}.safetensors"
-    if sha256_of(path) != json.loads(path.with_suffix(".json").read_text()).get("sha256"):
-        raise StudyError(f"{path.name!r} is not the file that its card describes: install the package again.")
-    return load_safetensors(path, bf16).to(device)
+    path = weights_file(name)
+    return (load_official if path.suffix == ".ckpt" else load_safetensors)(path, bf16=bf16).to(device)
