@@ -379,18 +379,13 @@ def save_training(
     licence: str,      # of the weights
 ) -> list:  # the files' names
     "The prior with its card, summary.json and figures, whole or not at all."
-    from mgdcr.jobs import run_folder
     from mgdcr.study import project_root
+    from mgdcr.training import save_run
     last = [row for row in validation if row["samples"] == validation[-1]["samples"]] if validation else []
     stores = [SliceStore(project_root()/Path(p.strip()).expanduser()) for p in run.recipe.data.split(",")]
     prior.card |= dict(validation={f"t={row['t']}": dict(eps_mse=float(row["eps_mse"]), psnr=float(row["psnr"])) for row in last}, licence=licence,
                        data=[{k: store.provenance.get(k) for k in ("parameters", "subjects", "slices")} for store in stores])
-    card = save_prior(prior, path)
-    with run_folder(project_root()/Path(str(folder)).expanduser()) as made:
-        (made/"figures").mkdir(exist_ok=True)
-        for name, figure in figures.items(): figure.savefig(made/"figures"/f"{name}.png", dpi=100, bbox_inches="tight")
-        (made/"summary.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        return sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
+    return save_run(folder, save_prior(prior, path), figures)
 
 # %% ../nbs/16_prior_report.ipynb #c034
 def report(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'LOSSES', 'SCORES', 'PEAK', 'SPEEDS', 'Training', 'Recipe', 'Stream', 'Run', 'begin', 'compiled', 'pace',
-           'train', 'read_log', 'Validation', 'encode_data_set', 'along_the_axis', 'save_latents', 'speed', 'flops',
-           'parser', 'main']
+           'train', 'read_log', 'Validation', 'encode_data_set', 'along_the_axis', 'save_latents', 'save_run', 'speed',
+           'flops', 'parser', 'main']
 
 # %% ../nbs/15_training.ipynb #c003
 import argparse, csv, json, math, sys, time
@@ -486,6 +486,20 @@ def along_the_axis(
 def save_latents(latents: dict, path):
     "latent.ckpt, whole or not at all."
     write_whole(path, lambda partial: torch.save(latents, partial))
+
+
+def save_run(
+    folder,        # <out_dir>/<subject>, from the project's root, or absolute
+    facts: dict,   # for summary.json
+    figures: dict, # name → matplotlib figure
+) -> list:  # the files' names
+    "What a training notebook leaves beside the weights, whole or not at all."
+    from mgdcr.jobs import run_folder
+    with run_folder(project_root()/Path(str(folder)).expanduser()) as made:
+        (made/"figures").mkdir(exist_ok=True)
+        for name, figure in figures.items(): figure.savefig(made/"figures"/f"{name}.png", dpi=100, bbox_inches="tight")
+        (made/"summary.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return sorted(str(p.relative_to(made)) for p in made.rglob("*") if p.is_file())
 
 # %% ../nbs/15_training.ipynb #c023
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, as their makers state
