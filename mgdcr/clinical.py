@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['G_PER_ML', 'volumes_of', 'shares_mm', 'simpson', 'Indices', 'indices', 'LongAxisMarks', 'long_axis_marks', 'mapse_mm',
-           're_lax']
+           'through_lv', 'report']
 
 # %% ../nbs/18_clinical.ipynb #c003
 from dataclasses import asdict, dataclass
@@ -76,7 +76,7 @@ class Indices:
 
 def indices(
     volumes: dict,  # lv_ml, rv_ml, mass_g (T,)
-    ed: int, es: int | None = None,  # numbers among T; without an end-systole what depends on it is NaN
+    ed: int | None, es: int | None = None,  # numbers among T; what depends on one that is not there is NaN
 ) -> Indices:
     "What a report says, of volumes over the beat."
     at = lambda name, n: float(volumes[name][n]) if n is not None else float("nan")
@@ -96,6 +96,7 @@ class LongAxisMarks:
 def long_axis_marks(
     labels: np.ndarray,  # (H, W) of a long-axis slice
     affine: np.ndarray,  # (4, 4)
+    to_apex: np.ndarray, # (3,) about where the apex lies, such as the stack's normal
     least: int = 60,     # pixels of cavity, and of wall
 ) -> LongAxisMarks | None:
     "Annulus and apex; None where too little of the ventricle is seen."
@@ -103,14 +104,14 @@ def long_axis_marks(
     if cavity.sum() < least or wall.sum() < least: return None
     mm = lambda mask: np.argwhere(mask)[:, ::-1] @ affine[:3, :2].T + affine[:3, 3]
     inside, muscle = mm(cavity), mm(wall)
-    towards = _unit(muscle.mean(0) - inside.mean(0))  # the horseshoe's middle lies towards its closed end
-    for _ in range(2):  # first by that, then by the axis found
+    towards = _unit(to_apex - (to_apex @ affine[:3, 2])*affine[:3, 2])
+    for _ in range(2):  # first by the direction given, then by the axis found
         height = (muscle - inside.mean(0)) @ towards
         side = (muscle - inside.mean(0)) @ np.cross(affine[:3, 2], towards)
         if not (side > 0).any() or not (side < 0).any(): return None
         tips = [muscle[here & (height <= height[here].min() + 1.5)].mean(0) for here in (side > 0, side < 0)]
         annulus = np.mean(tips, 0)
-        apex = inside[np.argmax((inside - annulus) @ _unit(inside.mean(0) - annulus))]
+        apex = inside[np.argmax((inside - annulus) @ towards)]
         towards = _unit(apex - annulus)
     return LongAxisMarks(annulus, apex)
 
@@ -121,13 +122,13 @@ def _unit(x): return x/np.linalg.norm(x)
 def mapse_mm(
     study: Study,
     labels: dict,  # view → (S, T, H, W), as `segmentation.segment_study` gives them
-    ed: int, es: int,
-) -> dict:  # view → mm, and "length_ed_mm", "length_es_mm": view → mm
+    ed: int, es: int | None,
+) -> dict:  # "mapse_mm", "length_ed_mm", "length_es_mm": view → mm
     "The annulus' excursion and the ventricle's length in each long-axis view."
     excursion, lengths = {}, ({}, {})
     for name, view in study.views.items():
-        if not re_lax(name): continue
-        marks = [long_axis_marks(labels[name][0, t], view.affines[0]) for t in (ed, es)]
+        if not through_lv(name): continue
+        marks = [None if t is None else long_axis_marks(labels[name][0, t], view.affines[0], study._direction()) for t in (ed, es)]
         for mark, kept in zip(marks, lengths):
             if mark: kept[name] = mark.length_mm
         if all(marks):
@@ -136,6 +137,23 @@ def mapse_mm(
     return dict(mapse_mm=excursion, length_ed_mm=lengths[0], length_es_mm=lengths[1])
 
 
-def re_lax(name: str) -> bool:
+def through_lv(name: str) -> bool:
     "Is it a long-axis view through the left ventricle?"
-    return name[:7] in ("lax_2ch", "lax_3ch", "lax_4ch")
+    return name in ("lax_2ch", "lax_3ch", "lax_4ch")
+
+# %% ../nbs/18_clinical.ipynb #c015
+def report(
+    study: Study,
+    slice_labels: dict,    # view → (S, T, H, W), as `segmentation.segment_study` gives them
+    labels: np.ndarray,    # (T, nk, nj, ni) of the volumes
+    grid: Grid,
+    frames: list,          # (T,) their numbers
+) -> dict:  # stack, volume, long_axis: each with indices; curves
+    "For summary.json."
+    ed, es = study.ed_frame, study.find_es() if study.frames > 1 else None
+    place = lambda frame: frames.index(frame) if frame in frames else None
+    stack, dense = simpson(slice_labels["sax"], study.sax), volumes_of(labels, grid)
+    found = dict(stack=indices(stack, ed, es).all, volume=indices(dense, place(ed), place(es)).all)
+    found["curves"] = dict(stack={k: v.tolist() for k, v in stack.items()}, volume={k: v.tolist() for k, v in dense.items()}, volume_frames=list(frames))
+    if any(through_lv(name) for name in study.views): found["long_axis"] = mapse_mm(study, slice_labels, ed, es)
+    return found

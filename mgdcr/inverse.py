@@ -19,11 +19,14 @@ import numpy as np
 import torch
 
 import mgdcr
-from . import alignment, metrics, solvers
+from . import alignment, clinical, metrics, solvers
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, sample_volume
 from .jobs import TERMINAL, run_folder
+from .dataset import heart_frame
 from .scanner import phantom_study
+from .surfaces import save_surface, surfaces_of
+from .segmentation import doubts, load_segmenter, segment_study, segment_volume
 from .study import Study, project_root, safe_subject
 
 # %% ../nbs/22_inverse.ipynb #c006
@@ -229,6 +232,10 @@ class Reconstruction:
     losses: list = field(default_factory=list)  # dicts, one a round and frame
     spread: np.ndarray | None = None  # as volume: standard deviation over perturbed runs
     labels: np.ndarray | None = None  # as volume, uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity
+    slice_labels: dict = field(default_factory=dict)  # view → (S, T, H, W) uint8 on the acquired slices
+    surfaces: dict = field(default_factory=dict)  # name → surfaces.Surface, at the first frame
+    clinical: dict = field(default_factory=dict)  # of `clinical.report`
+    doubts: list = field(default_factory=list)  # sentences: where labels should be looked at
     stages: list = field(default_factory=list)  # dicts: stage, seconds, peak_memory_mb
     alignment: object = None  # alignment.Alignment, where slices were aligned
     scores: dict = field(default_factory=dict)  # of held-out views, and against a truth
@@ -299,6 +306,9 @@ def _write(result, folder, figures):
     save_volume(folder/"volume.nii.gz", result.volume, result.affine, result.frame_seconds)
     if result.spread is not None: save_volume(folder/"spread.nii.gz", result.spread, result.affine, result.frame_seconds)
     if result.labels is not None: save_volume(folder/"labels.nii.gz", result.labels, result.affine, result.frame_seconds)
+    for name, surface in result.surfaces.items():
+        (folder/"surfaces").mkdir(exist_ok=True)
+        save_surface(surface, folder/"surfaces"/f"{name}.stl")
     _table(folder/"poses.csv", pose_rows(result.slices, result.poses))
     _table(folder/"residuals.csv", result.residuals)
     _table(folder/"losses.csv", result.losses)
@@ -343,7 +353,7 @@ def summary(self: Reconstruction) -> dict:
     "What summary.json holds."
     return dict(subject=self.subject, method=self.method) | self.about | dict(
         prior=None, prior_sha256=None, network_evaluations=0, frames=self.frames, stages=self.stages,
-        scores=self.scores, clinical_indices=None, versions=versions(), git_commit=git_commit())
+        scores=self.scores, clinical_indices=self.clinical or None, label_doubts=self.doubts, versions=versions(), git_commit=git_commit())
 
 
 Reconstruction.summary = summary
@@ -406,12 +416,14 @@ def reconstruct(
     spacing_mm: float = 1.4,
     save_every: int = 0,  # rounds between volumes that are kept
     prior: str | None = None,  # for the methods that have one
+    segmenter: str | None = "cine128_labels",  # names blood and muscle, in slices and volume; None: nobody does
     **options,  # the method's own
 ) -> Reconstruction:
     "Reconstruct a study by one of `METHODS`."
     _check_choices(method, align, spacing_mm, options)
     if prior: raise StudyError(f"The method {method!r} uses no prior: leave prior={prior!r} away.")
     chosen, device, record = METHODS[method], pick_device(device), []
+    segmenter, named_segmenter = load_segmenter(segmenter, device) if segmenter else None, segmenter and Path(segmenter).name
     held_out, frames = held_out_views(hold_out, study), frames_of(frame, study)
     np.random.seed(seed), torch.manual_seed(seed)
     kept = replace(study, views={name: view for name, view in study.views.items() if name not in held_out})
@@ -424,10 +436,27 @@ def reconstruct(
     with stage("solve", record, device, callback):
         problem = Problem(None, grid, poses, None, seed, device, save_every)
         _solve_frames(result, kept, chosen, problem, options, callback)
+    if segmenter:
+        with stage("label", record, device, callback): _label(kept, result, segmenter)
     with stage("score", record, device, callback): result.scores = _scores(study, result)
     result.about = _about(kept, result, dict(frame=frame, align=align, hold_out=",".join(held_out), spacing_mm=spacing_mm, device=device,
-                                             save_every=save_every) | chosen.options | options, seed)
+                                             save_every=save_every, segmenter=named_segmenter) | chosen.options | options, seed)
     return result
+
+
+def _label(study, result, segmenter):
+    "Labels of volume and slices, and what follows from them; a study that cannot be labelled is reconstructed all the same."
+    try: _labelled(study, result, segmenter)
+    except StudyError as why: result.labels, result.doubts = None, [f"No labels: {why}"]
+
+
+def _labelled(study, result, segmenter):
+    frame, volumes = heart_frame(study), result.volume if result.volume.ndim == 4 else result.volume[None]
+    labels = np.stack([segment_volume(volume, result.grid, frame, segmenter) for volume in volumes])
+    result.labels, result.slice_labels = labels if result.volume.ndim == 4 else labels[0], segment_study(study, segmenter)
+    result.surfaces = surfaces_of(labels[0], result.grid)
+    result.clinical = clinical.report(study, result.slice_labels, labels, result.grid, result.frames)
+    result.doubts = [f"Frame {n}: {doubt}" for n in dict.fromkeys([study.ed_frame, study.find_es()]) for doubt in doubts(study, result.slice_labels, n)]
 
 
 def _about(study, result, parameters, seed):
@@ -522,7 +551,7 @@ def compare_held_out(
     """
     rows = []
     for view in views or [name for name in study.views if name != "sax"]:
-        found = {name: reconstruct(study, hold_out=view, **options | given).hold_out[view] for name, given in methods.items()}
+        found = {name: reconstruct(study, hold_out=view, segmenter=None, **options | given).hold_out[view] for name, given in methods.items()}
         regions = [scores.region for scores in found.values()]
         if any(not np.array_equal(region, regions[0]) for region in regions): raise RuntimeError(f"Methods were scored on different pixels of {view}.")
         rows += [dict(held_out=view, method=name) | {k: v for k, v in row.items() if k != "view"} for name, scores in found.items() for row in scores]
@@ -550,7 +579,7 @@ def write_overview(
     'results/record/phantom-7/overview.png')"
     """
     from mgdcr import viewer
-    runs = {name: reconstruct(study, name, **options) for name in ("linear", "tv")}
+    runs = {name: reconstruct(study, name, segmenter=None, **options) for name in ("linear", "tv")}
     grid = runs["tv"].grid
     truth, labels = truth_on(study, grid)
     region = metrics.heart_region(labels, grid.spacing)

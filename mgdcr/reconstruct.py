@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--align", default="auto", help="auto, none or given (default: %(default)s)")
     add("--hold-out", "--hold_out", default="", help="views to leave out and score, such as lax_4ch")
     add("--views", default="", help="overrule recognition: SERIES=VIEW, separated by commas")
+    add("--segmenter", default="cine128_labels", help="who names blood and muscle; empty: nobody (default: %(default)s)")
     add("--spacing-mm", "--spacing_mm", type=float, default=1.4, help="voxel size (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu or cuda")
@@ -57,7 +58,7 @@ def run_one(
     study = load_subject(subject, args.data_dir, args.frame, **view_choices(args.views))
     with Progress() as progress:
         result = reconstruct(study, args.method, _number_or_word(args.frame), args.seed, args.device, progress, args.align, args.hold_out,
-                             args.spacing_mm, args.save_every, **method_options(args.option))
+                             args.spacing_mm, args.save_every, segmenter=args.segmenter or None, **method_options(args.option))
     result.save(Path(args.out_dir)/subject, result_figures(study, result))
 
 
@@ -78,6 +79,7 @@ def result_figures(
                "stack": viewer.stack_figure(*volume, truth and truth[0], result.poses)}
     if result.losses: figures["losses"] = viewer.loss_figure(first(result.losses), against="round")
     if result.alignment is not None: figures["alignment"] = viewer.alignment_figure(result.alignment, result.slices)
+    if result.labels is not None: figures |= {"labels": viewer.label_figure(study, result.slice_labels, result), "curves": viewer.curve_figure(result.clinical["curves"])}
     return figures | {f"hold_out_{view}": viewer.holdout_figure(scores) for view, scores in result.hold_out.items()}
 
 
@@ -117,7 +119,7 @@ def wanted(
     return list(dict.fromkeys(names))
 
 
-_HANDED_ON = "data_dir out_dir frame method align hold_out views spacing_mm seed device save_every".split()
+_HANDED_ON = "data_dir out_dir frame method align hold_out views segmenter spacing_mm seed device save_every".split()
 
 
 def child_command(

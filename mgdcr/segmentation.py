@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LABELS', 'APART_MM', 'OUTLINES', 'neighbours', 'Stack', 'to_bytes', 'upright_grid', 'simulated_stacks',
            'patient_stacks', 'cut_labels', 'save_stacks', 'load_stacks', 'labelled_jobs', 'prepare_labelled',
-           'Variation', 'LabelStream', 'three_planes', 'varied', 'LabelRecipe', 'label_network', 'Segmenter',
-           'LabelValidation', 'save_segmenter', 'load_segmenter', 'draw_labels', 'save_labels_training', 'tidy',
-           'on_source', 'segment_study', 'neighbours_in_time', 'to_prior', 'segment_volume', 'agreement', 'doubts']
+           'Variation', 'LabelStream', 'three_planes', 'smooth_field', 'varied', 'LabelRecipe', 'label_network',
+           'Segmenter', 'LabelValidation', 'save_segmenter', 'load_segmenter', 'draw_labels', 'save_labels_training',
+           'tidy', 'on_source', 'segment_study', 'neighbours_in_time', 'to_prior', 'segment_volume', 'agreement',
+           'doubts']
 
 # %% ../nbs/17_segmentation.ipynb #c003
 import re
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
-from .dataset import (HeartFrame, Preparation, Simulation, array_cut, heart_frame, intensity_of, labels_in_plane, paired_slices, random_moves,
-                           read_arrays, shading, side_of, simulated_frame, simulated_heart, stream, study_slices, subject_protocol, upright, warp)
+from .dataset import (HeartFrame, Preparation, Simulation, array_cut, heart_frame, intensity_of, labels_in_plane, paired_slices,
+                           random_moves, read_arrays, shading, side_of, simulated_frame, simulated_heart, stream, study_slices, subject_protocol, upright)
 from .diffae import read_weights, weights_file, write_weights, write_whole
 from .dicom import StudyError
 from .geometry import Grid, sample_volume
@@ -202,6 +203,9 @@ class Variation:
     rotate_deg: float = 18.0  # standard deviations, cut off at two, as in `random_moves`
     scale: float = 0.12
     shift: float = 0.06       # of the width
+    bend: float = 2.0         # pixels, a smooth displacement
+    tissue: float = 0.15      # of the logarithm of each tissue's brightness
+    clouds: float = 0.12      # of the logarithm of a smooth field in each tissue
     breath_mm: float = 2.0    # of the neighbours against the plane
     blur: float = 1.3         # the most, pixels, in four of ten
     gamma: float = 0.3        # of the exponent's logarithm
@@ -242,11 +246,10 @@ class LabelStream(torch.utils.data.Dataset):
         beyond = 6 if stack.kind == "dense" else 1
         z = int(rng.integers(first - beyond, last + beyond + 1) if rng.random() < 0.85 else rng.integers(len(stack.images)))
         z = min(max(z, 0), len(stack.images) - 1)
-        x, there = three_planes(stack, z, rng)
-        labels = torch.from_numpy(stack.labels[z].astype(np.int64))
+        x, labels, there = three_planes(stack, z, rng)
         if self.recipe.varied: x, labels = varied(x, labels, self.recipe.variation, rng, g)
         x[~there] = -1.0
-        return dict(x=x, labels=labels, group=torch.tensor(list(self.recipe.shares).index(name)))
+        return dict(x=x, labels=labels[1], group=torch.tensor(list(self.recipe.shares).index(name)))
 
 
 def _held(labels):
@@ -255,34 +258,43 @@ def _held(labels):
     return (int(where[0]), int(where[-1])) if len(where) else (0, len(labels) - 1)
 
 
-def three_planes(stack: Stack, z: int, rng) -> tuple:  # (3, H, W) float, and which of them are there (3,) bool
+def three_planes(stack: Stack, z: int, rng) -> tuple:  # (3, H, W) float, labels (3, H, W), and which of them are there (3,) bool
     "A plane and its neighbours, of a dense volume perhaps as slabs."
     slab, step = 0, 1
     if stack.kind == "dense": slab, step = (rng.uniform(4, 10)/1.4 if rng.random() < 0.5 else 0), rng.uniform(4, 18)/1.4
-    places = [int(round(z + k*step)) for k in (-1, 0, 1)]
+    places = np.rint(z + step*np.array([-1, 0, 1])).astype(int)
     lost = rng.random(2) < (0.25 if rng.random() < 0.3 else 0.1)
-    there = [0 <= p < len(stack.images) for p in places]
-    there = torch.tensor([there[0] and not lost[0], True, there[2] and not lost[1]])
-    cut = lambda p: stack.images[max(0, int(round(p - slab/2))):int(round(p + slab/2)) + 1].astype(np.float32).mean(0)
-    return torch.from_numpy(np.stack([cut(p) if here else np.zeros_like(cut(z)) for p, here in zip(places, there)])/127.5 - 1), there
+    there = torch.tensor([0 <= places[0] and not lost[0], True, places[2] < len(stack.images) and not lost[1]])
+    places = places.clip(0, len(stack.images) - 1)
+    cut = lambda p: stack.images[max(0, round(p - slab/2)):round(p + slab/2) + 1].astype(np.float32).mean(0)
+    return torch.from_numpy(np.stack([cut(p) for p in places])/127.5 - 1), torch.from_numpy(stack.labels[places].astype(np.int64)), there
+
+
+def smooth_field(count: int, size: int, cells: int, generator) -> torch.Tensor:  # (count, size, size), standard deviation about 1
+    "Random, and smooth over a number of cells across."
+    coarse = torch.randn((1, count, cells + 3, cells + 3), generator=generator)
+    return 1.4*F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)[0]
 
 
 def varied(x, labels, how: Variation, rng, generator) -> tuple:
-    "A sample moved, blurred, shaded and made noisy."
-    moves, size = random_moves(1, generator, how.rotate_deg, how.scale, how.shift), x.shape[-1]
-    grid = F.affine_grid(moves, (1, 1, *labels.shape), align_corners=False)
-    labels = F.grid_sample(labels[None, None].float(), grid, "nearest", "zeros", align_corners=False)[0, 0].long()
-    for k in (0, 2):
-        moved = moves.clone()
-        moved[0, :, 2] += 2/size*torch.as_tensor(how.breath_mm/1.4*np.clip(rng.normal(size=2), -2, 2), dtype=moves.dtype)
-        x[k] = warp(x[k][None, None], moved)[0, 0]
-    x[1] = warp(x[1][None, None], moves)[0, 0]
-    v = (x + 1)/2
+    "A sample (3, H, W) and its labels moved, bent, repainted, blurred, shaded and made noisy."
+    size, half = x.shape[-1], x.shape[-1]/2
+    normal = lambda *shape: np.clip(rng.normal(size=shape), -2, 2)
+    grid = F.affine_grid(random_moves(1, generator, how.rotate_deg, how.scale, how.shift), (1, 1, size, size), align_corners=False)
+    if rng.random() < 0.6: grid = grid + (how.bend*rng.random()/half*smooth_field(2, size, 4, generator)).permute(1, 2, 0)
+    breath = torch.as_tensor(how.breath_mm/1.4/half*normal(3, 2), dtype=grid.dtype)
+    breath[1] = 0
+    grid = grid.expand(3, -1, -1, -1) + breath[:, None, None]
+    labels = F.grid_sample(labels[:, None].float(), grid, "nearest", "zeros", align_corners=False)[:, 0].long()
+    v = F.grid_sample((x + 1)[:, None]/2, grid, "bicubic", "zeros", align_corners=False)[:, 0].clamp(0, 1)
+    if rng.random() < 0.7:
+        paint = torch.as_tensor(how.tissue*normal(4), dtype=v.dtype)[:, None, None] + how.clouds*rng.random()*smooth_field(4, size, int(rng.integers(3, 12)), generator)
+        paint[3] = paint[0]  # an edge between ventricle and atrium would be a clue that no patient gives
+        v = v*torch.from_numpy(ndimage.gaussian_filter(torch.exp(torch.gather(paint, 0, labels)).numpy(), (0, 2, 2)))
     if how.blur and rng.random() < 0.4: v = torch.from_numpy(ndimage.gaussian_filter(v.numpy(), (0, *[rng.uniform(0.3, how.blur)]*2)))
-    v = v.clamp(0, 1).pow(float(np.exp(how.gamma*np.clip(rng.normal(), -2, 2))))*shading(1, v.shape[1:], generator, how.shading)[0]
-    v = v*float(np.exp(how.gain*np.clip(rng.normal(), -2, 2))) + how.offset*float(np.clip(rng.normal(), -2, 2))
-    level = how.noise*float(rng.random())
-    real, imaginary = level*torch.randn((2, *v.shape), generator=generator)
+    v = v.clamp(0).pow(float(np.exp(how.gamma*normal())))*shading(1, v.shape[1:], generator, how.shading)[0]
+    v = v*float(np.exp(how.gain*normal())) + how.offset*float(normal())
+    real, imaginary = how.noise*float(rng.random())*torch.randn((2, *v.shape), generator=generator)
     return (2*torch.hypot(v + real, imaginary) - 1).clamp(-1, 1), labels
 
 # %% ../nbs/17_segmentation.ipynb #c017
@@ -325,7 +337,7 @@ class LabelRecipe(Training):
 def label_network() -> nn.Module:
     "Three planes in, four classes out."
     from monai.networks.nets import UNet
-    return UNet(2, 3, 1 + len(LABELS), (24, 48, 96, 160, 256), (2, 2, 2, 2), num_res_units=2, norm="INSTANCE").to(memory_format=torch.channels_last)
+    return UNet(2, 3, 1 + len(LABELS), (16, 24, 48, 96, 160, 256), (1, 2, 2, 2, 2), num_res_units=2, norm="INSTANCE").to(memory_format=torch.channels_last)
 
 
 class _LabelLoss(nn.Module):
