@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .clinical import G_PER_ML
-from .dataset import intensity_of, side_of, simulated_heart
+from .dataset import ARRAY_FILE, side_of, simulated_heart
 from .metrics import bootstrap_interval, dice, hd95
 from .prior_report import kind_of, summary
 from .segmentation import APART_MM, LABELS, Segmenter, draw_labels, load_segmenter, neighbours, patient_stacks, simulated_stacks, tidy
@@ -154,11 +154,12 @@ def main(argv: list | None = None) -> int:
     p.add_argument("--out", default="results/record/labels.json")
     args = p.parse_args(argv)
     ours, found = load_segmenter(args.segmenter), {}
-    found["simulated"] = mean_rows([row for subject in args.subjects.split(",") for row in simulated_scores(ours, subject)])
     if args.acdc:
-        numbers = [f"{n:03d}" for n in range(1, 101) if side_of(f"acdc-{n:03d}") == "report" and (Path(args.acdc)/f"patient{n:03d}_ED.npz").exists()]
-        for name, segmenter in {"patients": ours} | ({"patients, learnt from patients too": load_segmenter(args.tuned)} if args.tuned else {}):
+        numbers = sorted(m[1] for p in Path(args.acdc).glob("patient*_ED.npz") if (m := ARRAY_FILE.fullmatch(p.name)))
+        numbers = [n for n in numbers if side_of(f"acdc-{n}") == "report"]
+        for name, segmenter in ({"patients": ours} | ({"patients, learnt from patients too": load_segmenter(args.tuned)} if args.tuned else {})).items():
             found[name] = mean_rows([row for number in numbers for row in patient_scores(segmenter, args.acdc, number)])
+    found["simulated"] = mean_rows([row for subject in args.subjects.split(",") for row in simulated_scores(ours, subject)])
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 

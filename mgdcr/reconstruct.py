@@ -79,7 +79,9 @@ def result_figures(
                "stack": viewer.stack_figure(*volume, truth and truth[0], result.poses)}
     if result.losses: figures["losses"] = viewer.loss_figure(first(result.losses), against="round")
     if result.alignment is not None: figures["alignment"] = viewer.alignment_figure(result.alignment, result.slices)
-    if result.labels is not None: figures |= {"labels": viewer.label_figure(study, result.slice_labels, result), "curves": viewer.curve_figure(result.clinical["curves"])}
+    if result.labels is not None:
+        figures["labels"] = viewer.label_figure(study, result.slice_labels, result)
+        if study.frames > 1: figures["curves"] = viewer.curve_figure(result.clinical["curves"])
     return figures | {f"hold_out_{view}": viewer.holdout_figure(scores) for view, scores in result.hold_out.items()}
 
 

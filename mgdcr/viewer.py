@@ -690,7 +690,7 @@ def label_figure(
     sax.sort(key=lambda item: planes.centres[item[0]] @ result.grid.axes[2])
     sax = [sax[n] for n in np.unique(np.linspace(0, len(sax) - 1, min(most, len(sax))).round().astype(int))]
     groups = [group[:most] for group in (sax, lax) if group]
-    fig, axes = plt.subplots(2 * len(groups), max(map(len, groups)), figsize=(2.1 * max(map(len, groups)), 4.3 * len(groups)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(2 * len(groups), max(map(len, groups)), figsize=(1.5 * max(map(len, groups)), 3.2 * len(groups)), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for row, group in zip(range(0, 2 * len(groups), 2), groups):
         for column, (n, name, number) in enumerate(group):
