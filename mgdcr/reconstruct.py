@@ -71,6 +71,7 @@ def result_figures(
     pyplot.switch_backend("agg")
     from mgdcr import viewer
     from mgdcr.inverse import truth_on
+    from mgdcr.surfaces import draw_surfaces
     truth = truth_on(study, result.grid) if result.frames[0] == study.ed_frame else None
     first = lambda rows: [row for row in rows if row["frame"] == result.frames[0]]
     volume = result.first, result.grid, result.slices
@@ -81,6 +82,7 @@ def result_figures(
     if result.alignment is not None: figures["alignment"] = viewer.alignment_figure(result.alignment, result.slices)
     if result.labels is not None:
         figures["labels"] = viewer.label_figure(study, result.slice_labels, result)
+        if result.surfaces: figures["surfaces"] = draw_surfaces(result.surfaces)
         if study.frames > 1: figures["curves"] = viewer.curve_figure(result.clinical["curves"])
     return figures | {f"hold_out_{view}": viewer.holdout_figure(scores) for view, scores in result.hold_out.items()}
 

@@ -124,7 +124,7 @@ class Stream(torch.utils.data.Dataset):
     def about(self) -> dict:
         "What a card says of x_0: slab_mm, 0 for thin planes, None where it is not known; pixel_mm, None where sets differ or do not say."
         thin = self.recipe.target == "thin" and all((data.numbers[:, 0] >= 0).all() for data in self.sets)
-        pixels = {(data.store.provenance.get("parameters") or {}).get("preparation", {}).get("pixel_mm") for data in self.sets}
+        pixels = {data.store.record(int(data.numbers[0].max())).spacing_mm for data in self.sets}
         return dict(slab_mm=0 if thin else None, acquired=not thin, pixel_mm=pixels.pop() if len(pixels) == 1 else None)
 
     @property

@@ -126,8 +126,8 @@ def test_a_run_is_not_carried_on_as_another(tmp_path, data):
 
 def test_a_card_does_not_call_acquired_slices_thin(tmp_path):
     def pictures():
-        for n in range(4): yield SliceRecord("phantom-10003", "sax", "acquired", pair=n, slice=n, s=n / 4, heart="patient"), np.zeros((128, 128), np.float32)
-    write_lmdb(tmp_path / "x.lmdb", [("phantom-10003", pictures)], about=dict(preparation=dict(pixel_mm=1.2)))
+        for n in range(4): yield SliceRecord("phantom-10003", "sax", "acquired", pair=n, slice=n, s=n / 4, spacing_mm=1.2, heart="patient"), np.zeros((128, 128), np.float32)
+    write_lmdb(tmp_path / "x.lmdb", [("phantom-10003", pictures)])
     card = train(Recipe(str(tmp_path / "x.lmdb"), "small", samples=4, batch=4, precision="float32"), device="cpu").card()
     assert card["acquired"] and card["slab_mm"] is None and card["pixel_mm"] == 1.2
 
