@@ -116,7 +116,7 @@ def mean_rows(rows: list) -> list:
     return out
 
 
-def _short(x): return float(f"{x:.4g}")
+def _short(x): return float(f"{x:.4g}") if np.isfinite(x) else None  # one heart has no interval
 
 
 def film(
