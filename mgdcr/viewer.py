@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 
+from .clinical import frame_at
 from .geometry import Planes, SliceOperator, apply_poses, crossing, sample_plane, sample_volume
 from .metrics import fit_to_truth, lv_views, meeting_point
 
@@ -695,11 +696,12 @@ def label_figure(
     for row, group in zip(range(0, 2 * len(groups), 2), groups):
         for column, (n, name, number) in enumerate(group):
             view = study.views[name]
-            image, affine = view.images[number, frame if view.images.shape[1] > frame else 0], view.affines[number]
+            here = frame_at(view, study.phase(frame), number)
+            image, affine = view.images[number, here], view.affines[number]
             upper, lower = axes[row:row + 2, column]
             level = window if name == "sax" else np.percentile(image, (1, 99.5))
             panel(upper, image, affine, about, level, sides=False)
-            outline(upper, slice_labels[name][number, min(frame, slice_labels[name].shape[1] - 1)], affine, about)
+            outline(upper, slice_labels[name][number, here], affine, about)
             affine = planes.affines[n]
             panel(lower, cut(volume, result.grid, affine, planes.shape), affine, about, window, sides=False)
             shares = np.stack([np.nan_to_num(cut((labels == label).astype(np.float32), result.grid, affine, planes.shape)) for label in LABEL_COLOURS])

@@ -203,3 +203,16 @@ def test_reports_of_a_heart_and_of_a_patient(segmenter):
 def test_indices_of_nothing_are_no_numbers():
     nothing = indices(dict(lv_ml=[0.0], rv_ml=[0.0], mass_g=[0.0]), 0, 0)
     assert isinstance(nothing, Indices) and np.isnan(nothing.ef) and nothing.sv_ml == 0
+
+
+def test_views_may_have_different_numbers_of_frames(segmenter):
+    "A long-axis film of five frames beside a stack of ten: the same moments are compared."
+    from dataclasses import replace
+    from mgdcr.clinical import frame_at, mapse_mm
+    study = phantom_study(102, frames=10)
+    lax = study.views["lax_4ch"]
+    few = replace(lax, images=lax.images[:, ::2], times=lax.times[:, ::2])
+    mixed = replace(study, views=study.views | {"lax_4ch": few})
+    assert [frame_at(few, study.phase(t)) for t in (0, 4, 8)] == [0, 2, 4]
+    one, other = (mapse_mm(s, segment_study(s, segmenter), 0, 4) for s in (study, mixed))
+    assert one["mapse_mm"]["lax_4ch"] == other["mapse_mm"]["lax_4ch"] and 4 < one["mapse_mm"]["lax_4ch"] < 20
