@@ -423,7 +423,7 @@ def reconstruct(
     _check_choices(method, align, spacing_mm, options)
     if prior: raise StudyError(f"The method {method!r} uses no prior: leave prior={prior!r} away.")
     chosen, device, record = METHODS[method], pick_device(device), []
-    segmenter, named_segmenter = load_segmenter(segmenter, device) if segmenter else None, segmenter and Path(segmenter).name
+    labeller = load_segmenter(segmenter, device) if segmenter else None
     held_out, frames = held_out_views(hold_out, study), frames_of(frame, study)
     np.random.seed(seed), torch.manual_seed(seed)
     kept = replace(study, views={name: view for name, view in study.views.items() if name not in held_out})
@@ -436,11 +436,11 @@ def reconstruct(
     with stage("solve", record, device, callback):
         problem = Problem(None, grid, poses, None, seed, device, save_every)
         _solve_frames(result, kept, chosen, problem, options, callback)
-    if segmenter:
-        with stage("label", record, device, callback): _label(kept, result, segmenter)
+    if labeller:
+        with stage("label", record, device, callback): _label(kept, result, labeller)
     with stage("score", record, device, callback): result.scores = _scores(study, result)
     result.about = _about(kept, result, dict(frame=frame, align=align, hold_out=",".join(held_out), spacing_mm=spacing_mm, device=device,
-                                             save_every=save_every, segmenter=named_segmenter) | chosen.options | options, seed)
+                                             save_every=save_every, segmenter=segmenter and Path(segmenter).name) | chosen.options | options, seed)
     return result
 
 

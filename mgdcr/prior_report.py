@@ -9,7 +9,7 @@ __all__ = ['Planes', 'planes_of', 'stored_planes', 'over_hearts', 'kind_of', 'su
            'reported_stacks', 'main']
 
 # %% ../nbs/16_prior_report.ipynb #c003
-import json, re
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np

@@ -538,18 +538,17 @@ def segment_volume(
     grid: Grid,
     frame: HeartFrame,
     segmenter: Segmenter,
-    probabilities: bool = False,  # (4, nk, nj, ni) float32 instead
 ) -> np.ndarray:  # (nk, nj, ni) uint8 labels
     "Labels of a volume's voxels."
     there = to_prior(grid, frame)
-    upright_volume = sample_volume(volume, grid, there.points())
-    line = intensity_of(volume)
-    outside = np.any((grid.voxels(there.points()) < -0.5) | (grid.voxels(there.points()) > np.array(grid.shape[::-1]) - 0.5), -1)
-    planes = torch.as_tensor(np.where(outside, -1, line(upright_volume)), dtype=torch.float32)
+    points, line = there.points(), intensity_of(volume)
+    voxels = grid.voxels(points)
+    outside = np.any((voxels < -0.5) | (voxels > np.array(grid.shape[::-1]) - 0.5), -1)
+    planes = torch.as_tensor(np.where(outside, -1, line(sample_volume(volume, grid, points))), dtype=torch.float32)
     found = segmenter(neighbours(planes, max(1, round(APART_MM/grid.spacing[2])))).cpu().numpy()
     back = np.stack([sample_volume(found[:, n], there, grid.points()) for n in range(found.shape[1])])
     back[0] += 1 - back.sum(0)  # what lies outside the square is nothing
-    return back if probabilities else tidy(back.argmax(0).astype(np.uint8))
+    return tidy(back.argmax(0).astype(np.uint8))
 
 # %% ../nbs/17_segmentation.ipynb #c026
 def agreement(
