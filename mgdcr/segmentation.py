@@ -212,6 +212,8 @@ class Variation:
     shading: float = 0.35     # as in `shading`
     gain: float = 0.2         # of its logarithm
     offset: float = 0.06      # a part of the range
+    camouflage: float = 1.0   # the most that what is about as bright as the wall becomes as bright as it, in four of ten
+    dark: float = 0.4         # the least part of its brightness that a picture keeps, in three of ten
     noise: float = 0.08       # the most, a part of the range
 
 
@@ -244,7 +246,8 @@ class LabelStream(torch.utils.data.Dataset):
         number = self.groups[name][rng.integers(len(self.groups[name]))]
         stack, (first, last) = self.stacks[number], self.held[number]
         beyond = 6 if stack.kind == "dense" else 1
-        z = int(rng.integers(first - beyond, last + beyond + 1) if rng.random() < 0.85 else rng.integers(len(stack.images)))
+        low, high = [(first - beyond, last + beyond + 1), (first - beyond, first + 3*beyond), (0, len(stack.images))][rng.choice(3, p=[0.65, 0.2, 0.15])]
+        z = int(rng.integers(low, high))  # more often near the base, where it is hardest to tell
         z = min(max(z, 0), len(stack.images) - 1)
         x, labels, there = three_planes(stack, z, rng)
         if self.recipe.varied: x, labels = varied(x, labels, self.recipe.variation, rng, g)
@@ -291,6 +294,11 @@ def varied(x, labels, how: Variation, rng, generator) -> tuple:
         paint = torch.as_tensor(how.tissue*normal(4), dtype=v.dtype)[:, None, None] + how.clouds*rng.random()*smooth_field(4, size, int(rng.integers(3, 12)), generator)
         paint[3] = paint[0]  # an edge between ventricle and atrium would be a clue that no patient gives
         v = v*torch.from_numpy(ndimage.gaussian_filter(torch.exp(torch.gather(paint, 0, labels)).numpy(), (0, 2, 2)))
+    wall = labels == 2
+    if wall.any() and rng.random() < 0.4:
+        away = v - v[wall].mean()
+        v = v - how.camouflage*rng.random()*away*torch.exp(-(away/0.15)**2)*(labels == 0)
+    if rng.random() < 0.3: v = v*rng.uniform(how.dark, 1)
     if how.blur and rng.random() < 0.4: v = torch.from_numpy(ndimage.gaussian_filter(v.numpy(), (0, *[rng.uniform(0.3, how.blur)]*2)))
     v = v.clamp(0).pow(float(np.exp(how.gamma*normal())))*shading(1, v.shape[1:], generator, how.shading)[0]
     v = v*float(np.exp(how.gain*normal())) + how.offset*float(normal())
@@ -309,6 +317,7 @@ class LabelRecipe(Training):
     cooldown: float = 0.5
     ema: float = 0.995
     shares: dict = field(default_factory=lambda: dict(dense=0.45, sax=0.35, lax=0.2))  # of samples: kinds of stacks
+    dice: float = 0.02  # weight of the Dice loss; cross entropy has 1
     variation: Variation = Variation()
 
     columns = "what", "dice"
@@ -322,7 +331,7 @@ class LabelRecipe(Training):
         network.load_state_dict(old.network.state_dict())
         return network, int(old.card.get("samples") or 0)
 
-    def loss(self, network): return _LabelLoss(network)
+    def loss(self, network): return _LabelLoss(network, self.dice)
 
     def validation(self): return LabelValidation(self)
 
@@ -341,10 +350,10 @@ def label_network() -> nn.Module:
 
 
 class _LabelLoss(nn.Module):
-    def __init__(self, network):
+    def __init__(self, network, dice):
         super().__init__()
         from monai.losses import DiceCELoss
-        self.model, self.distance = network, DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+        self.model, self.distance = network, DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, lambda_dice=dice)
 
     def forward(self, batch):
         x = batch["x"].contiguous(memory_format=torch.channels_last)
