@@ -138,7 +138,7 @@ def mapse_mm(
     for name, view in study.views.items():
         if not through_lv(name): continue
         frames = [None if t is None else frame_at(view, study.phase(t)) for t in (ed, es)]
-        marks = [None if t is None else long_axis_marks(labels[name][0, t], view.affines[0], study._direction()) for t in frames]
+        marks = [None if t is None else long_axis_marks(labels[name][0, t], view.affines[0], study.base_to_apex()) for t in frames]
         for mark, kept in zip(marks, lengths):
             if mark: kept[name] = mark.length_mm
         if all(marks):

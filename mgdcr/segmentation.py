@@ -504,7 +504,7 @@ def segment_study(
         view = study.views[name]
         S, T, H, W = view.images.shape
         squares = torch.as_tensor(np.stack([[found[s, t][1] for t in range(T)] for s in range(S)]))
-        order = np.argsort(view.affines[:, :3, 3] @ study._direction()) if name == "sax" else None
+        order = np.argsort(view.affines[:, :3, 3] @ study.base_to_apex()) if name == "sax" else None
         planes = neighbours_in_time(squares, order)
         probabilities = segmenter(planes.flatten(0, 1)).cpu().unflatten(0, (S, T))
         labels = np.zeros((S, T, H, W), np.uint8)

@@ -277,7 +277,7 @@ class Study:
 
     # --- space ---
 
-    def _direction(self) -> np.ndarray:
+    def base_to_apex(self) -> np.ndarray:
         "(3,) unit SAX normal, from base to apex."
         normal = self.sax.affines[0, :3, 2]
         return normal*to_apex(normal)
@@ -310,7 +310,7 @@ class Study:
     def grid(self, spacing_mm: float = 1.4, centre_mm=None) -> Grid:
         "The grid of every method: 128 × 128 in plane about `centre_mm`, k from base to apex, `GRID_MARGIN_MM` beyond the outermost slabs."
         if not 0.5 <= spacing_mm <= 10: raise StudyError(f"spacing_mm={spacing_mm:g} is not usable: give 0.5 to 10 mm.")
-        view, k = self.sax, self._direction()
+        view, k = self.sax, self.base_to_apex()
         i, j = (view.affines[len(view.affines)//2, :3, :2]/view.pixel_mm[len(view.affines)//2]).T
         if np.cross(i, j) @ k < 0: j = -j
         along = view.affines[:, :3, 3] @ k
