@@ -250,7 +250,7 @@ class LabelStream(torch.utils.data.Dataset):
         z = int(rng.integers(low, high))  # more often near the base, where it is hardest to tell
         z = min(max(z, 0), len(stack.images) - 1)
         x, labels, there = three_planes(stack, z, rng)
-        if self.recipe.varied: x, labels = varied(x, labels, self.recipe.variation, rng, g)
+        if self.recipe.varied and rng.random() >= self.recipe.plain: x, labels = varied(x, labels, self.recipe.variation, rng, g)
         x[~there] = -1.0
         return dict(x=x, labels=labels[1], group=torch.tensor(list(self.recipe.shares).index(name)))
 
@@ -317,6 +317,7 @@ class LabelRecipe(Training):
     cooldown: float = 0.5
     ema: float = 0.995
     shares: dict = field(default_factory=lambda: dict(dense=0.45, sax=0.35, lax=0.2))  # of samples: kinds of stacks
+    plain: float = 0.25  # of samples: as they are
     dice: float = 0.02  # weight of the Dice loss; cross entropy has 1
     variation: Variation = Variation()
 
@@ -467,7 +468,7 @@ def save_labels_training(
 def tidy(
     labels: np.ndarray,  # (Z, H, W) or (H, W)
 ) -> np.ndarray:  # the same, uint8
-    "The largest piece of the left ventricle and of the right one; holes in the left cavity are filled, plane by plane."
+    "The largest piece of the left ventricle, in the whole and in each plane, and of the right one; holes in the left cavity are filled, plane by plane."
     from skimage.measure import label as pieces
     labels = labels.copy()
     for members in ((2, 3), (3,), (1,)):
@@ -475,6 +476,9 @@ def tidy(
         found = pieces(mask, connectivity=labels.ndim)
         if found.max() > 1: labels[mask & (found != np.bincount(found.ravel())[1:].argmax() + 1)] = 0
     for plane in labels if labels.ndim == 3 else labels[None]:
+        left = np.isin(plane, (2, 3))
+        found = pieces(left)
+        if found.max() > 1: plane[left & (found != np.bincount(found.ravel())[1:].argmax() + 1)] = 0
         plane[ndimage.binary_fill_holes(plane == 3) & (plane != 3)] = 3
     return labels
 
