@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['labelled', 'thirds', 'overlap', 'simulated_scores', 'long_axis_scores', 'second_opinion', 'patient_scores',
-           'mean_rows', 'film', 'main']
+           'mean_rows', 'film', 'study_report', 'main']
 
 # %% ../nbs/20_label_report.ipynb #c002
 import json
@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .clinical import long_axis_marks, through_lv, volumes_of
+from .clinical import frame_at, indices, long_axis_marks, mapse_mm, simpson, through_lv, volumes_of
 from .dataset import ARRAY_FILE, side_of, simulated_heart
 from .metrics import bootstrap_interval, dice, hd95
 from .geometry import Grid
 from .prior_report import kind_of
-from .segmentation import APART_MM, LABELS, Segmenter, agreement, draw_labels, load_segmenter, neighbours, patient_stacks, simulated_stacks, tidy
+from .study import Study
+from .segmentation import APART_MM, LABELS, Segmenter, agreement, doubts, draw_labels, load_segmenter, neighbours, patient_stacks, segment_study, simulated_stacks, tidy
 
 # %% ../nbs/20_label_report.ipynb #c004
 def labelled(
@@ -158,26 +159,41 @@ def _short(x): return float(f"{x:.4g}") if np.isfinite(x) else None  # one heart
 
 def film(
     study,          # Study
-    slice_labels: dict,  # as `segmentation.segment_study` gives them
-    view: str = "sax",
-    every: int = 3,  # frames
-    reach_mm: float = 70.0,  # shown about the heart
+    slice_labels: dict,  # view → (S, T, H, W), as `segmentation.segment_study` gives them
+    every: int = 1,  # frames of the short-axis stack
+    reach_mm: float = 65.0,  # shown about the heart
 ):  # matplotlib figure
-    "The slices of a view from base to apex, over the beat, with their labels."
+    "Every slice of a study over the beat, with its labels: the short-axis stack from base to apex, then the long-axis views."
     import matplotlib.pyplot as plt
-    shown, labels, centre = study.views[view], slice_labels[view], study.heart_centre()
-    order = np.argsort(shown.affines[:, :3, 3] @ study.base_to_apex()) if view == "sax" else range(len(shown.images))
-    frames = range(0, shown.images.shape[1], every)
-    window = np.percentile(shown.images, (1, 99.5))
-    fig, axes = plt.subplots(len(order), len(frames), figsize=(1.15*len(frames), 1.25*len(order)), squeeze=False)
-    for row, s in zip(axes, order):
-        at = study.centre_line().at(shown.affines[s]) if view == "sax" else centre
-        i, j, _ = np.linalg.solve(shown.affines[s, :3, :3], at - shown.affines[s, :3, 3])
-        reach = reach_mm/shown.pixel_mm[s]
+    towards, line = study.base_to_apex(), study.centre_line()
+    rows = [(view, s) for view in study.views.values()
+            for s in (np.argsort(view.affines[:, :3, 3] @ towards) if view.name == "sax" else range(len(view.images)))]
+    frames = range(0, study.frames, every)
+    windows = {name: np.percentile(view.images, (1, 99.5)) for name, view in study.views.items()}
+    fig, axes = plt.subplots(len(rows), len(frames), figsize=(1.1*len(frames), 1.15*len(rows)), squeeze=False)
+    for across, (view, s) in zip(axes, rows):
+        at = line.at(view.affines[s]) if view.name == "sax" else study.heart_centre()
+        i, j, _ = np.linalg.solve(view.affines[s, :3, :3], at - view.affines[s, :3, 3])
+        reach = reach_mm/view.pixel_mm[s]
         part = slice(max(0, int(j - reach[1])), int(j + reach[1])), slice(max(0, int(i - reach[0])), int(i + reach[0]))
-        for ax, t in zip(row, frames): draw_labels(ax, shown.images[s, t][part], labels[s, t][part], window=window, title=f"{t}" if s == order[0] else "")
-    fig.subplots_adjust(0, 0, 1, 0.96, 0.02, 0.02)
+        for ax, frame in zip(across, frames):
+            t = frame_at(view, study.phase(frame), s)
+            draw_labels(ax, view.images[s, t][part], slice_labels[view.name][s, t][part], window=windows[view.name], title=f"{frame}" if ax in axes[0] else "")
+    fig.subplots_adjust(0, 0, 1, 0.98, 0.02, 0.02)
     return fig
+
+
+def study_report(
+    segmenter: Segmenter,
+    study,  # Study
+) -> tuple:  # dict for the record, labels
+    "What the labels say of a patient: volumes over the beat, indices, and where the second opinion differs."
+    labels, ed, es = segment_study(study, segmenter), study.ed_frame, study.find_es()
+    curves = simpson(labels["sax"], study.sax)
+    doubted = {frame: found for frame in range(study.frames) if (found := doubts(study, labels, frame))}
+    rounded = lambda values: {k: round(float(v), 1) for k, v in values.items()}
+    return dict(frames=study.frames, ed_frame=int(ed), es_frame=int(es), indices=rounded(indices(curves, ed, es).all), long_axis={k: rounded(v) for k, v in mapse_mm(study, labels, ed, es).items()},
+                curves={k: [round(float(x), 1) for x in v] for k, v in curves.items()}, doubts=doubted), labels
 
 
 def main(argv: list | None = None) -> int:
@@ -187,6 +203,7 @@ def main(argv: list | None = None) -> int:
     p.add_argument("--segmenter", default="cine128_labels")
     p.add_argument("--tuned", help="one that has learnt from patients 001 to 060 too")
     p.add_argument("--acdc", help="folder of patientXXX_ED.npz")
+    p.add_argument("--study", help="folder of a patient whose labels are drawn and measured too")
     p.add_argument("--subjects", default=",".join([f"phantom-{n}" for n in range(200, 220)] + ["heart-11", "heart-12"]))
     p.add_argument("--out", default="results/record/labels.json")
     args = p.parse_args(argv)
@@ -196,6 +213,12 @@ def main(argv: list | None = None) -> int:
         numbers = [n for n in numbers if side_of(f"acdc-{n}") == "report"]
         for name, segmenter in ({"patients": ours} | ({"patients, learnt from patients too": load_segmenter(args.tuned)} if args.tuned else {})).items():
             found[name] = mean_rows([row for number in numbers for row in patient_scores(segmenter, args.acdc, number)])
+    if args.study:
+        study = Study.load(Path(args.study), subject=Path(args.study).name)
+        found[study.subject], labels = study_report(ours, study)
+        folder = Path(args.out).parent/study.subject
+        folder.mkdir(parents=True, exist_ok=True)
+        film(study, labels).savefig(folder/"labels.jpg", dpi=70, pil_kwargs=dict(quality=55))
     found["simulated"] = mean_rows([row for subject in args.subjects.split(",") for row in simulated_scores(ours, subject)])
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
