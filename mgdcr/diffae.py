@@ -53,13 +53,14 @@ class Prior:
         x_t: torch.Tensor,  # (B, C, H, W)
         t: torch.Tensor,    # (B,)
         z: torch.Tensor | None = None,  # (B, z); None for a plain diffusion model
+        guide: torch.Tensor | None = None,  # (B, guide, H, W) for a network that has one
     ) -> torch.Tensor:  # as x_t
         "The noise in x_t."
-        return eps_from(self.schedule, self._ask(self.network, x_t, t, z), x_t, t, self.config.prediction)
+        return eps_from(self.schedule, self._ask(self.network, x_t, t, z, guide), x_t, t, self.config.prediction)
 
-    def denoise(self, x_t, t, z=None) -> torch.Tensor:
+    def denoise(self, x_t, t, z=None, guide=None) -> torch.Tensor:
         "x̂_0 in one call, not clipped."
-        return x_start_from(self.schedule, self.eps(x_t, t, z), x_t, t)
+        return x_start_from(self.schedule, self.eps(x_t, t, z, guide), x_t, t)
 
     def encode_stochastic(self, x, z=None, steps: int = 20, clip: bool = True, last: bool = True, callback=None) -> torch.Tensor:
         "x_T (B, C, H, W): the noise from which `render` makes x."
@@ -302,7 +303,7 @@ def _config(known):
     if any(type(v) is not type(defaults[k]) and not (k == "dropout" and v == 0) for k, v in given.items()):
         raise ValueError("its network is none that is known")
     config = UNetConfig(**given)
-    sizes = [config.channels, config.blocks, config.heads, config.embed, config.z, config.image_channels, config.patch, config.size, config.z_map + 1, *config.mult, *config.encoder_mult]
+    sizes = [config.channels, config.blocks, config.heads, config.embed, config.z, config.image_channels, config.patch, config.size, config.z_map + 1, config.guide + 1, *config.mult, *config.encoder_mult]
     if not config.mult or not all(type(n) is int and 1 <= n <= 4096 for n in sizes): raise ValueError("its network has impossible sizes")
     if config.prediction not in ("eps", "v"): raise ValueError(f"it predicts {config.prediction!r}")
     with torch.device("meta"): total = sum(p.numel() for p in UNet(config).parameters()) if max(sizes) <= 4096 else 0

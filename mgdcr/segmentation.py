@@ -154,9 +154,9 @@ def load_stacks(path) -> list:
     return stacks
 
 
-def _make(folder, name, make):
+def _make(folder, name, make, save):
     torch.set_num_threads(1)
-    save_stacks(Path(folder)/f"{name}.npz", make())
+    save(Path(folder)/f"{name}.npz", make())
     return name
 
 
@@ -183,6 +183,7 @@ def prepare_labelled(
     jobs: dict,  # as `labelled_jobs` gives them
     workers: int = 0,  # processes; 0: this one
     progress=None,  # called with a name as each is done
+    save=save_stacks,  # how one heart is written
 ) -> list:  # names that were made
     "Make what is missing."
     folder = Path(folder)
@@ -190,10 +191,10 @@ def prepare_labelled(
     missing = {name: make for name, make in jobs.items() if not (folder/f"{name}.npz").exists()}
     tell = progress or (lambda name: None)
     if not workers:
-        for name, make in missing.items(): tell(_make(folder, name, make))
+        for name, make in missing.items(): tell(_make(folder, name, make, save))
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for name in pool.map(_make, [folder]*len(missing), missing, missing.values()): tell(name)
+            for name in pool.map(partial(_make, save=save), [folder]*len(missing), missing, missing.values()): tell(name)
     return list(missing)
 
 # %% ../nbs/17_segmentation.ipynb #c015

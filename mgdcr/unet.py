@@ -31,6 +31,7 @@ class UNetConfig:
     z_map: int = 0                              # z_sem as a picture: channels of the map at the coarsest level; 0: official, see below
     size: int = 128                             # of the picture, pixels; matters for z_map alone
     prediction: str = "eps"                     # what comes out: "eps", or "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans and Ho, 2022)
+    guide: int = 0                              # further pictures that the U-Net sees beside x_t, see [guided](25_guided.ipynb)
 
     @property
     def has_encoder(self) -> bool: return bool(self.encoder_mult)
@@ -44,6 +45,7 @@ NETWORKS = {
     "diffae128": UNetConfig(),
     "ddim128": UNetConfig(encoder_mult=()),
     "cine128_compact": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, z_map=16, prediction="v"),
+    "cine128_guided": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, z_map=16, prediction="v", guide=7),
     "cine128_compact_ddim": UNetConfig(64, (1, 1, 2), (), 1, (2,), 1, 128, 128, dropout=0., patch=4, prediction="v"),
 }
 
@@ -160,7 +162,7 @@ class UNet(nn.Module):
         def res(cin, cout, resample=""):
             return ResBlock(cin, cout, c.embed, c.z if c.has_encoder else 0, c.dropout, resample)
         ch = c.channels*c.mult[0]
-        self.input_blocks, laterals = nn.ModuleList([_Stage(nn.Conv2d(c.image_channels*c.patch**2, ch, 3, padding=1))]), [ch]
+        self.input_blocks, laterals = nn.ModuleList([_Stage(nn.Conv2d((c.image_channels + c.guide)*c.patch**2, ch, 3, padding=1))]), [ch]
         for level, mult in enumerate(c.mult):
             for _ in range(c.blocks):
                 layers, ch = [res(ch, mult*c.channels)], mult*c.channels
@@ -182,9 +184,10 @@ class UNet(nn.Module):
             side = c.coarsest(c.mult)
             self.z_seed = nn.Sequential(nn.Linear(c.z, c.z_map*side**2), nn.Unflatten(1, (c.z_map, side, side)), _zero(nn.Conv2d(c.z_map, c.channels*c.mult[-1], 1)))
 
-    def forward(self, x, t, z=None):
-        "(B, C, H, W), (B,) timesteps of 1000, (B, z) → (B, C, H, W)."
+    def forward(self, x, t, z=None, guide=None):
+        "(B, C, H, W), (B,) timesteps of 1000, (B, z), (B, guide, H, W) → (B, C, H, W)."
         c = self.config
+        if c.guide: x = torch.cat([x, guide], 1)
         embed = self.time_embed["time_embed"] if c.has_encoder else self.time_embed
         emb, h, laterals = embed(timestep_embedding(t, c.channels)), _stem(x, c.patch), []
         for stage in self.input_blocks: laterals.append(h := stage(h, emb, z))
