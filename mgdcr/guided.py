@@ -154,10 +154,11 @@ def guide_of(
     classical: torch.Tensor,  # (Z, H, W) about [−1, 1]
     seen: torch.Tensor,       # (2, Z, H, W), 1 for what one slab gives
     planes=None,              # (n,) numbers; all by default
+    step_mm: float = 1.4,     # between planes
 ) -> torch.Tensor:  # (n, 7, H, W)
     "What the network sees beside x_t."
     planes = torch.arange(len(classical)) if planes is None else torch.as_tensor(planes)
-    around = torch.stack([classical[(planes + off).clamp(0, len(classical) - 1)] for off in OFFSETS], 1)
+    around = torch.stack([classical[(planes + off).clamp(0, len(classical) - 1)] for off in (round(1.4*off/step_mm) for off in OFFSETS)], 1)
     return torch.cat([around, seen[:, planes].transpose(0, 1).clamp(max=2) - 1], 1)
 
 

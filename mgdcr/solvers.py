@@ -26,6 +26,7 @@ class Solution:
     offsets: np.ndarray               # (N,) SAX units
     losses: list = field(default_factory=list) # dicts with "round", "loss", "seconds", …
     stages: list = field(default_factory=list) # (round, volume) pairs, where asked for
+    evaluations: int = 0              # of a network, a plane at a time
 
 # %% ../nbs/04_solvers.ipynb #c007
 def _in_plane(slices: Slices, grid: Grid) -> tuple:

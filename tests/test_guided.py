@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 
+from mgdcr import reconstruct
 from mgdcr.dataset import side_of
 from mgdcr.dicom import StudyError
 from mgdcr.diffae import load_prior, save_prior
 from mgdcr.guided import (HERE, OFFSETS, GuidedRecipe, GuidedStream, Volumes, coded, decoded, guide_of, load_volumes, posterior_mean, save_volumes,
                           varied_protocol, volume_jobs)
+from mgdcr.scanner import phantom_study
 from mgdcr.training import begin, train
 
 
@@ -81,6 +83,19 @@ def test_training_and_its_file(folder):
     guide = guide_of(torch.as_tensor(decoded(small().classical[0])), torch.zeros(2, 16, 128, 128))[:2]
     assert card["network"]["guide"] == 7 and torch.allclose(posterior_mean(again, guide), posterior_mean(prior, guide), atol=0.05)
     assert torch.equal(posterior_mean(prior, guide, batch=1), posterior_mean(prior, guide, batch=1)) and posterior_mean(prior, guide).shape == (2, 1, 128, 128)
+
+
+def test_reconstructing_with_a_guided_prior(folder):
+    save_prior(begin(GuidedRecipe(samples=16)).learnt(), folder/"g.safetensors")
+    study, told = phantom_study(103), []
+    with pytest.raises(StudyError, match="sees no classical volume"): reconstruct(study, "diffae", prior="cine128_compact", segmenter=None)
+    with pytest.raises(StudyError, match="uses no prior"): reconstruct(study, "tv", prior="cine128_compact", segmenter=None)
+    options = dict(prior=str(folder/"g.safetensors"), segmenter=None, align="none", spacing_mm=2.0, draws=1, seed=3)
+    one, again = (reconstruct(study, "diffae", callback=told.append, **options) for _ in range(2))
+    assert np.array_equal(one.volume, again.volume) and np.isfinite(one.volume).all()
+    summary = one.summary()
+    assert summary["prior"] == "cine128_guided" and len(summary["prior_sha256"]) == 64 and summary["network_evaluations"] == 2*len(one.volume)
+    assert summary["parameters"]["tau"] == 0.09 and any(record.get("stage") == "solve" for record in told)
 
 
 def test_broken_files_are_refused(folder):
