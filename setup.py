@@ -41,7 +41,7 @@ setup(
     install_requires=requirements("requirements"),
     extras_require={"dev": requirements("dev_requirements"), "dicom": requirements("dicom_requirements")},
     # papermill imports this before it reads its arguments, which lets `papermill nbs/reconstruct.ipynb -p subject X`
-    # do without an output path (see nbs/23_jobs.ipynb)
+    # do without an output path (see nbs/25_jobs.ipynb)
     entry_points={"papermill.engine": ["mgdcr = mgdcr.jobs:Engine"]},
     zip_safe=False,
 )

@@ -31,7 +31,7 @@ class UNetConfig:
     z_map: int = 0                              # z_sem as a picture: channels of the map at the coarsest level; 0: official, see below
     size: int = 128                             # of the picture, pixels; matters for z_map alone
     prediction: str = "eps"                     # what comes out: "eps", or "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans and Ho, 2022)
-    guide: int = 0                              # further pictures that the U-Net sees beside x_t, see [guided](25_guided.ipynb)
+    guide: int = 0                              # further pictures that the U-Net sees beside x_t, see [guided](21_guided.ipynb)
 
     @property
     def has_encoder(self) -> bool: return bool(self.encoder_mult)
