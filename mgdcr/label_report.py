@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .clinical import frame_at, indices, long_axis_marks, mapse_mm, simpson, through_lv, volumes_of
 from .dataset import ARRAY_FILE, side_of, simulated_heart
@@ -19,7 +18,7 @@ from .metrics import bootstrap_interval, dice, hd95
 from .geometry import Grid
 from .prior_report import kind_of
 from .study import Study
-from .segmentation import APART_MM, LABELS, Segmenter, agreement, doubts, draw_labels, load_segmenter, neighbours, patient_stacks, segment_study, simulated_stacks, tidy
+from .segmentation import LABELS, Segmenter, agreement, doubts, draw_labels, load_segmenter, patient_stacks, segment_study, simulated_stacks, stack_probabilities, tidy
 
 # %% ../nbs/20_label_report.ipynb #c004
 def labelled(
@@ -27,9 +26,7 @@ def labelled(
     stack,  # `segmentation.Stack`
 ) -> np.ndarray:  # (Z, H, W) uint8
     "The network's labels of a stack."
-    step = max(1, round(APART_MM/stack.step_mm)) if stack.kind == "dense" else 1
-    pictures = torch.from_numpy(stack.images.astype(np.float32)/127.5 - 1)
-    return tidy(segmenter(neighbours(pictures, step)).argmax(1).cpu().numpy().astype(np.uint8))
+    return tidy(stack_probabilities(segmenter, stack).argmax(1).numpy().astype(np.uint8))
 
 
 def thirds(labels: np.ndarray) -> dict:  # "base", "middle", "apex" → plane numbers

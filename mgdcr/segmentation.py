@@ -7,8 +7,8 @@ __all__ = ['LABELS', 'APART_MM', 'OUTLINES', 'SCRAP', 'neighbours', 'Stack', 'to
            'patient_stacks', 'cut_labels', 'save_stacks', 'load_stacks', 'labelled_jobs', 'prepare_labelled',
            'Variation', 'LabelStream', 'three_planes', 'smooth_field', 'varied', 'LabelRecipe', 'label_network',
            'Segmenter', 'LabelValidation', 'save_segmenter', 'load_segmenter', 'draw_labels', 'save_labels_training',
-           'tidy', 'on_source', 'segment_study', 'neighbours_in_time', 'to_prior', 'segment_volume', 'agreement',
-           'doubts']
+           'tidy', 'stack_probabilities', 'calibrated', 'on_source', 'segment_study', 'neighbours_in_time', 'to_prior',
+           'segment_volume', 'agreement', 'doubts']
 
 # %% ../nbs/17_segmentation.ipynb #c003
 import re
@@ -384,7 +384,9 @@ class Segmenter:
         found = []
         for part in planes.split(batch):
             part = part.to(self.device).contiguous(memory_format=torch.channels_last)
-            with autocast(self.device, self.bf16): found.append(self.network(part).float().softmax(1))
+            with autocast(self.device, self.bf16): logits = self.network(part).float()
+            logits[:, 3] += float(self.card.get("cavity_logit", 0))
+            found.append(logits.softmax(1))
         return torch.cat(found)
 
 
@@ -489,6 +491,34 @@ def tidy(
         scraps = ((labels == 2).sum((1, 2)) < 10) & (area < SCRAP*area.max())
         labels[scraps] = np.where(labels[scraps] == 3, 0, labels[scraps])
     return labels
+
+
+def stack_probabilities(
+    segmenter: Segmenter,
+    stack: Stack,
+) -> torch.Tensor:  # (Z, 4, H, W)
+    "Of a stack's planes, on the CPU."
+    step = max(1, round(APART_MM/stack.step_mm)) if stack.kind == "dense" else 1
+    return segmenter(neighbours(torch.from_numpy(stack.images.astype(np.float32)/127.5 - 1), step)).cpu()
+
+
+def calibrated(
+    segmenter: Segmenter,
+    stacks: list,  # of `Stack`, of hearts that are there to choose by
+    most: float = 2.0,
+) -> Segmenter:
+    "The same, with what has to be added to the left cavity's logit for its volumes to be right on average."
+    plain = replace(segmenter, card=segmenter.card | dict(cavity_logit=0.0))
+    known = [(stack_probabilities(plain, s).clamp(min=1e-9).log(), (s.labels == 3).sum()) for s in stacks if (s.labels == 3).any()]
+
+    def error(logit):
+        more = torch.tensor([0, 0, 0, logit]).view(1, 4, 1, 1)
+        return np.mean([(tidy((logs + more).argmax(1).numpy().astype(np.uint8)) == 3).sum()/volume - 1 for logs, volume in known])
+    low, high = -most, most
+    for _ in range(8):
+        middle = (low + high)/2
+        low, high = (middle, high) if error(middle) < 0 else (low, middle)
+    return replace(segmenter, card=segmenter.card | dict(cavity_logit=round((low + high)/2, 3), calibrated_on=len(known)))
 
 
 def on_source(

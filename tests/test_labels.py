@@ -46,7 +46,7 @@ def test_volumes_of_a_true_image_are_the_hearts(segmenter, study):
     "A tuning heart, so that nothing reported is looked at."
     labels = segment_volume(study.reference, study.reference_grid, heart_frame(study), segmenter)
     truth, ml = simulated_heart("phantom-102").volumes(0.0), 1.4**3/1000
-    assert abs((labels == 3).sum()*ml/truth["lv_ml"] - 1) < 0.06 and abs((labels == 1).sum()*ml/truth["rv_ml"] - 1) < 0.08
+    assert abs((labels == 3).sum()*ml/truth["lv_ml"] - 1) < 0.03 and abs((labels == 1).sum()*ml/truth["rv_ml"] - 1) < 0.08
     from mgdcr.metrics import dice
     assert all(dice(labels == n, study.reference_labels == n) > least for n, least in ((3, 0.95), (2, 0.85), (1, 0.9)))
 
@@ -224,7 +224,7 @@ def test_the_film_of_a_study(segmenter, study):
 def test_reports_of_a_heart_and_of_a_patient(segmenter):
     rows = simulated_scores(segmenter, "phantom-103")
     lv = {row["moment"]: row["value"] for row in rows if row["on"] == "volume, network" and row["structure"] == "lv_ml" and row["metric"] == "volume error, %"}
-    assert set(lv) == {"ED", "ES"} and all(abs(error) < 8 for error in lv.values())
+    assert set(lv) == {"ED", "ES"} and abs(lv["ED"]) < 3 and abs(lv["ES"]) < 5
     assert all(abs(row["value"]) < 1.5 for row in rows if row["on"] == "volume, true labels" and row["structure"] == "lv_ml" and row["metric"] == "volume error, %")
     assert {row["metric"] for row in rows} >= {"EF error, points", "doubted, %", "hd95"}
     folder = project_root()/"../shared/data/acdc"
