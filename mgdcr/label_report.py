@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .clinical import frame_at, indices, long_axis_marks, mapse_mm, simpson, through_lv, volumes_of
+from .clinical import indices, long_axis_marks, mapse_mm, simpson, through_lv, volumes_of
 from .dataset import ARRAY_FILE, side_of, simulated_heart
 from .metrics import bootstrap_interval, dice, hd95
 from .geometry import Grid
@@ -174,7 +174,7 @@ def film(
         reach = reach_mm/view.pixel_mm[s]
         part = slice(max(0, int(j - reach[1])), int(j + reach[1])), slice(max(0, int(i - reach[0])), int(i + reach[0]))
         for ax, frame in zip(across, frames):
-            t = frame_at(view, study.phase(frame), s)
+            t = view.frame_at(study.phase(frame), s)
             draw_labels(ax, view.images[s, t][part], slice_labels[view.name][s, t][part], window=windows[view.name], title=f"{frame}" if ax in axes[0] else "")
     fig.subplots_adjust(0, 0, 1, 0.98, 0.02, 0.02)
     return fig

@@ -107,6 +107,14 @@ class View:
         "(S, T) times as fractions of each slice's own R-R interval, in [0, 1)."
         return np.mod(np.asarray(self.times)*1000.0/np.asarray(self.rr_ms)[:, None], 1.0)
 
+    def frame_at(
+        self,
+        phase: float,  # fraction of the R-R interval
+        slice: int = 0,
+    ) -> int:
+        "The frame of a slice that is nearest to a moment of the beat: views need not have equally many."
+        return int(np.argmin(np.abs((self.fractions[slice] - phase + 0.5) % 1.0 - 0.5)))
+
     @property
     def pixel_mm(self) -> np.ndarray:
         "(S, 2) pixel size along i and j, mm."

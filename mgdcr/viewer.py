@@ -24,7 +24,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 
-from .clinical import frame_at
 from .geometry import Planes, SliceOperator, apply_poses, crossing, sample_plane, sample_volume
 from .metrics import fit_to_truth, lv_views, meeting_point
 from .segmentation import OUTLINES
@@ -694,7 +693,7 @@ def label_figure(
     for row, group in zip(range(0, 2 * len(groups), 2), groups):
         for column, (n, name, number) in enumerate(group):
             view = study.views[name]
-            here = frame_at(view, study.phase(frame), number)
+            here = view.frame_at(study.phase(frame), number)
             image, affine = view.images[number, here], view.affines[number]
             upper, lower = axes[row:row + 2, column]
             level = window if name == "sax" else np.percentile(image, (1, 99.5))

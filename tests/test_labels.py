@@ -72,6 +72,15 @@ def test_a_stack_is_labelled_whatever_its_order(segmenter, study):
     assert all(labels.shape == study.views[name].images.shape for name, labels in one.items())
 
 
+def test_a_long_axis_plane_through_the_right_ventricle_is_told_so(segmenter):
+    folder = project_root()/"../shared/data/real_study"
+    if not folder.is_dir(): pytest.skip("the real study is not here")
+    from mgdcr.study import Study
+    labels = segment_study(Study.load(folder, subject="real_study"), segmenter)
+    assert not (labels["lax_2ch_2"] == 3).any() and (labels["lax_2ch_2"] == 1).sum() > 10_000
+    assert all((labels[view] == 3).any() for view in ("lax_2ch", "lax_3ch", "lax_4ch"))
+
+
 def test_a_failure_of_the_network_is_seen(segmenter, study):
     labels = segment_study(study, segmenter)
     assert not doubts(study, labels, 0)
@@ -79,6 +88,9 @@ def test_a_failure_of_the_network_is_seen(segmenter, study):
     missed, moved = ({k: v.copy() for k, v in labels.items()} for _ in range(2))
     missed["sax"][middle] = 0
     moved["sax"][middle] = np.roll(moved["sax"][middle], 12, -1)
+    mistaken = {k: v.copy() for k, v in labels.items()}
+    mistaken["sax"][mistaken["sax"] == 3] = 1
+    assert any(doubt.startswith("lax_4ch") and "is RV cavity" in doubt for doubt in doubts(study, mistaken, 0))
     assert "no LV cavity" in doubts(study, missed, 0)[0] and "agree" in doubts(study, moved, 0)[0]
 
 
@@ -241,11 +253,11 @@ def test_indices_of_nothing_are_no_numbers():
 def test_views_may_have_different_numbers_of_frames(segmenter):
     "A long-axis film of five frames beside a stack of ten: the same moments are compared."
     from dataclasses import replace
-    from mgdcr.clinical import frame_at, mapse_mm
+    from mgdcr.clinical import mapse_mm
     study = phantom_study(102, frames=10)
     lax = study.views["lax_4ch"]
     few = replace(lax, images=lax.images[:, ::2], times=lax.times[:, ::2])
     mixed = replace(study, views=study.views | {"lax_4ch": few})
-    assert [frame_at(few, study.phase(t)) for t in (0, 4, 8)] == [0, 2, 4]
+    assert [few.frame_at(study.phase(t)) for t in (0, 4, 8)] == [0, 2, 4]
     one, other = (mapse_mm(s, segment_study(s, segmenter), 0, 4) for s in (study, mixed))
     assert one["mapse_mm"]["lax_4ch"] == other["mapse_mm"]["lax_4ch"] and 4 < one["mapse_mm"]["lax_4ch"] < 20
