@@ -468,7 +468,7 @@ def save_labels_training(
     return save_run(folder, save_segmenter(segmenter, path), figures)
 
 # %% ../nbs/17_segmentation.ipynb #c022
-SCRAP = 0.15  # of the largest plane's cavity
+SCRAP = 0.08  # of the largest plane's cavity
 CONFUSED = 0.3  # share of a long-axis slice's left cavity that short-axis slices call right
 
 
