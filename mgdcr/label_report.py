@@ -79,7 +79,7 @@ def simulated_scores(
                 for name in ("lv_ml", "rv_ml"): ejected.setdefault((f"{on}, {how}", name), []).append((volumes[name], exact[name]))
             if on == "slices": rows += [dict(on="slices", moment=moment) | row for row in second_opinion(stack, found)]
     for (on, name), ((ed, true_ed), (es, true_es)) in ejected.items():
-        rows.append(dict(on=on, moment="both", structure=name, part="all", metric="EF error, points", value=float(100*(es/ed*-1 + true_es/true_ed))))
+        rows.append(dict(on=on, moment="both", structure=name, part="all", metric="EF error, points", value=float(100*(true_es/true_ed - es/ed))))
     rows += long_axis_scores(segmenter, lax, heart)
     for stack in lax:
         rows += [dict(on="long axis", moment="both") | row for row in overlap(labelled(segmenter, stack), stack.labels, (1.4, 1.4, 1), False) if row["part"] == "all"]

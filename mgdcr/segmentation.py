@@ -428,6 +428,7 @@ def load_segmenter(
     try:
         tensors, card = read_weights(path)
         if card.get("kind") != "segmenter": raise ValueError("its card tells of another kind of network")
+        if not abs(float(card.get("cavity_logit", 0))) < 10: raise ValueError("its card's cavity_logit is out of range")
         network = fill(label_network(), {k: v.float() for k, v in tensors.items()}).eval()
     except FileNotFoundError: raise StudyError(f"There is no file {path.name!r}.") from None
     except Exception as error: raise StudyError(f"{path.name!r} is no segmenter that can be used: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}.") from None

@@ -15,8 +15,8 @@ from mgdcr.diffae import sha256_of, shipped, weights_folder
 from mgdcr.dicom import StudyError
 from mgdcr.label_report import film, long_axis_scores, patient_scores, simulated_scores, study_report
 from mgdcr.scanner import PROTOCOLS, lax_plane, phantom_study
-from mgdcr.segmentation import (LabelRecipe, LabelStream, Stack, doubts, labelled_jobs, load_segmenter, load_stacks,
-                                save_segmenter, save_stacks, segment_study, segment_volume, tidy)
+from mgdcr.segmentation import (LabelRecipe, LabelStream, Stack, calibrated, doubts, labelled_jobs, load_segmenter, load_stacks,
+                                save_segmenter, save_stacks, segment_study, segment_volume, simulated_stacks, stack_probabilities, tidy)
 from mgdcr.study import project_root
 from mgdcr.training import train
 
@@ -81,6 +81,14 @@ def test_a_long_axis_plane_through_the_right_ventricle_is_told_so(segmenter):
     assert all((labels[view] == 3).any() for view in ("lax_2ch", "lax_3ch", "lax_4ch"))
 
 
+def test_a_cavity_drawn_too_small_is_made_right(segmenter):
+    from dataclasses import replace
+    shrunk = replace(segmenter, card=segmenter.card | dict(cavity_logit=-1.5))
+    stacks = [s for s in simulated_stacks("phantom-112") if s.kind == "dense"][:2]
+    error = lambda segmenter: np.mean([(tidy(stack_probabilities(segmenter, s).argmax(1).numpy().astype(np.uint8)) == 3).sum()/(s.labels == 3).sum() - 1 for s in stacks])
+    assert error(shrunk) < -0.03 and abs(error(calibrated(shrunk, stacks))) < 0.005
+
+
 def test_a_failure_of_the_network_is_seen(segmenter, study):
     labels = segment_study(study, segmenter)
     assert not doubts(study, labels, 0)
@@ -126,6 +134,8 @@ def test_bad_segmenters_are_refused_in_one_sentence(tmp_path, segmenter):
                  lambda: save_file({"a": torch.ones(2)}, bad), lambda: save_file(tensors, bad, {"card": json.dumps(dict(kind="prior"))}),
                  lambda: save_file({k: v for k, v in tensors.items() if k != name}, bad, card),
                  lambda: save_file(tensors | {name: torch.ones(3)}, bad, card),
+                 lambda: save_file(tensors, bad, {"card": json.dumps(dict(kind="segmenter", cavity_logit=float("nan")))}),
+                 lambda: save_file(tensors, bad, {"card": json.dumps(dict(kind="segmenter", cavity_logit="much"))}),
                  lambda: save_file(tensors | {name: tensors[name]*float("nan")}, bad, card)):
         make()
         with pytest.raises(StudyError) as refused: load_segmenter(bad)
