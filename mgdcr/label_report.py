@@ -46,12 +46,12 @@ def overlap(
         a, b = found == label, truth == label
         for part, planes in {"all": np.flatnonzero((a | b).any((1, 2))), **thirds(truth)}.items():
             if not len(planes): continue
-            if whole: overlap_there, distance = dice(a[planes], b[planes]), hd95(a[planes], b[planes], spacing) if part == "all" else np.nan
+            if whole: overlap_there, distance = dice(a[planes], b[planes]), hd95(a[planes], b[planes], spacing)
             else:
                 planes = [z for z in planes if a[z].any() or b[z].any()]
                 if not planes: continue
                 overlap_there = np.mean([dice(a[z], b[z]) for z in planes])
-                distances = [hd95(a[z][None], b[z][None], spacing) for z in planes if a[z].any() and b[z].any()] if part == "all" else []
+                distances = [hd95(a[z][None], b[z][None], spacing) for z in planes if a[z].any() and b[z].any()]
                 distance = np.mean(distances) if distances else np.nan
             rows.append(dict(structure=name, part=part, metric="dice", value=float(overlap_there)))
             if np.isfinite(distance): rows.append(dict(structure=name, part=part, metric="hd95", value=float(distance)))
