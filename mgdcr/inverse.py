@@ -398,9 +398,12 @@ def truth_on(
     return sample_volume(study.reference, study.reference_grid, points), study.reference_labels[tuple(np.moveaxis(index, -1, 0))]
 
 
+def _truth_at_first(study, result): return truth_on(study, result.grid) if result.frames[0] == study.ed_frame else None
+
+
 def _scores(study, result):
     "What summary.json says of held-out views, and of the truth if it is of the first frame."
-    scores, truth = {}, truth_on(study, result.grid) if result.frames[0] == study.ed_frame else None
+    scores, truth = {}, _truth_at_first(study, result)
     if result.held_out: scores["hold_out"] = _held_out_scores(study, result, study.phase(result.frames[0]))
     if truth: scores["truth"] = metrics.score_volume(result.first, *truth, result.grid)
     return scores
@@ -465,6 +468,9 @@ def _labelled(study, result, segmenter):
     result.labels, result.slice_labels = labels if result.volume.ndim == 4 else labels[0], segment_study(study, segmenter)
     result.surfaces = surfaces_of(labels[0], result.grid)
     result.clinical = clinical.report(study, result.slice_labels, labels, result.grid, result.frames)
+    if known := _truth_at_first(study, result):  # what the labels' own error is, so that nobody charges it to the reconstruction
+        for name, there in dict(true_image=segment_volume(known[0], result.grid, frame, segmenter), truth=known[1]).items():
+            result.clinical[name] = clinical.indices(clinical.volumes_of(there[None], result.grid), 0).all
     result.doubts = [f"Frame {n}: {doubt}" for n in dict.fromkeys([study.ed_frame, study.find_es()]) for doubt in doubts(study, result.slice_labels, n)]
 
 

@@ -111,6 +111,7 @@ def test_results_hold_labels_surfaces_and_indices(tmp_path, study):
     assert all(surface.closed for surface in result.surfaces.values())
     summary = json.loads((tmp_path/"x/summary.json").read_text())
     found, truth = summary["clinical_indices"], simulated_heart("phantom-102").volumes(0.0)
+    assert abs(found["truth"]["edv_ml"]/truth["lv_ml"] - 1) < 0.02 and abs(found["true_image"]["edv_ml"]/truth["lv_ml"] - 1) < 0.05
     for how in ("stack", "volume"): assert abs(found[how]["edv_ml"]/truth["lv_ml"] - 1) < 0.12 and 0 < found[how]["ef"] < 90
     assert summary["parameters"]["segmenter"] == "cine128_labels" and len(found["curves"]["stack"]["lv_ml"]) == 2
 
