@@ -22,10 +22,11 @@ from .solvers import DataTerm, Solution, tv
 
 # %% ../nbs/22_diffusion.ipynb #c005
 def guided_prior(
-    name,  # a shipped prior's, or a file
+    name,  # a file
     device="cpu",
 ) -> Prior:
     "A prior that has a guide."
+    if not name: raise StudyError("No prior that diffae could use ships yet: make one with nbs/train_guided.ipynb, and give its file as prior.")
     prior = load_prior(name, device)
     if prior.config.guide != len(OFFSETS) + 2: raise StudyError(f"The prior {Path(str(name)).name!r} sees no classical volume: give one that train_guided made.")
     return prior

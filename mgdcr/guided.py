@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dataset import HeartFrame, heart_frame, intensity_of, random_moves, side_of, simulated_heart, stream
+from .dataset import heart_frame, intensity_of, random_moves, side_of, simulated_heart, stream
 from .ddim import q_sample, target_of
 from .dicom import StudyError
 from .diffae import Prior, write_whole
-from .geometry import Grid, Slices
+from .geometry import Grid
 from .metrics import heart_region
 from .scanner import GAIN, PROTOCOLS, grid_points, phantom_study, truth
 from .segmentation import to_prior

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
-from .dataset import (HeartFrame, Preparation, Simulation, array_cut, heart_frame, intensity_of, labels_in_plane, paired_slices,
+from .dataset import (HeartFrame, Preparation, Simulation, array_cut, intensity_of, labels_in_plane, paired_slices,
                            random_moves, read_arrays, shading, side_of, simulated_frame, simulated_heart, stream, study_slices, subject_protocol, upright)
 from .diffae import read_weights, weights_file, write_weights, write_whole
 from .dicom import StudyError
@@ -560,7 +560,7 @@ def segment_study(
             else:
                 for s in range(S): labels[s, t] = tidy(labels[s, t])
         out[name] = labels
-    for name, view in study.views.items():
+    for name, view in study.views.items():  # what it took for the left cavity is the right one, and the rest is nothing of what has a name
         if name != "sax" and np.mean([_confused(study, out, view, t) for t in range(study.frames)]) > CONFUSED: out[name] = np.where(out[name] == 3, 1, 0).astype(np.uint8)
     return out
 
