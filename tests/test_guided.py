@@ -6,8 +6,9 @@ import torch
 from mgdcr import reconstruct
 from mgdcr.dataset import side_of
 from mgdcr.dicom import StudyError
-from mgdcr.diffae import load_prior, save_prior
-from mgdcr.guided import (HERE, OFFSETS, GuidedRecipe, GuidedStream, Volumes, coded, decoded, guide_of, load_volumes, posterior_mean, save_volumes,
+from mgdcr.ddim import Schedule
+from mgdcr.diffae import guided_start, load_prior, save_prior
+from mgdcr.guided import (OFFSETS, GuidedRecipe, GuidedStream, Volumes, coded, decoded, guide_of, load_volumes, posterior_mean, save_volumes,
                           varied_protocol, volume_jobs)
 from mgdcr.scanner import phantom_study
 from mgdcr.training import begin, train
@@ -48,8 +49,8 @@ def test_bytes_keep_what_lies_beyond_the_line():
 def test_the_guide_is_the_planes_around_and_where_they_were_measured():
     planes, seen = torch.arange(30.0)[:, None, None].expand(30, 4, 4), torch.ones(2, 30, 4, 4)*torch.tensor([0.5, 9.0])[:, None, None, None]
     guide = guide_of(planes, seen, [0, 15, 29])
-    assert guide.shape == (3, 7, 4, 4) and guide[1, :5, 0, 0].tolist() == [15.0 + off for off in OFFSETS] and guide[0, 0, 0, 0] == 0 and guide[2, 4, 0, 0] == 29
-    assert torch.equal(guide[:, HERE, 0, 0], torch.tensor([0.0, 15.0, 29.0])) and guide[0, 5, 0, 0] == -0.5 and guide[0, 6, 0, 0] == 1
+    assert guide.shape == (3, 7, 4, 4) and guide[1, :5, 0, 0].tolist() == [15.0 + off for off in OFFSETS] and guide[0, 1, 0, 0] == 0 and guide[2, 4, 0, 0] == 29
+    assert torch.equal(guide[:, 0, 0, 0], torch.tensor([0.0, 15.0, 29.0])) and guide[0, 5, 0, 0] == -0.5 and guide[0, 6, 0, 0] == 1
 
 
 def test_samples_depend_on_seed_and_number_alone(folder):
@@ -63,15 +64,21 @@ def test_samples_depend_on_seed_and_number_alone(folder):
     with pytest.raises(StudyError, match="no volumes"): GuidedStream(GuidedRecipe(str(folder/"none"), samples=16))
 
 
-def test_it_starts_as_the_prior_it_was_made_from():
-    "A guide of nothing is not heard."
+def test_it_starts_from_the_classical_plane_with_the_priors_insides():
     plain, run = load_prior("cine128_compact", bf16=False), begin(GuidedRecipe(samples=16, precision="float32"))
-    x, t = torch.randn(2, 1, 128, 128, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 900])
-    guided = run.learnt()
-    z = plain.encode(x)
-    with torch.no_grad(): same, heard = (guided.denoise(x, t, z, guide) for guide in (torch.zeros(2, 7, 128, 128), torch.ones(2, 7, 128, 128)))
-    with torch.no_grad(): assert torch.allclose(same, plain.denoise(x, t, z), atol=1e-5) and not torch.allclose(heard, same, atol=1e-3)
+    guide = torch.rand(2, 7, 128, 128, generator=torch.Generator().manual_seed(0))*2 - 1
+    assert (posterior_mean(run.learnt(), guide) - guide[:, :1]).abs().max() < 0.05  # √ᾱ_T of the noise is left
+    known, now = plain.network.state_dict(), run.network.state_dict()
+    other = {k for k in known if now[k].shape != known[k].shape or not torch.equal(now[k], known[k])}
+    assert other == {"input_blocks.0.0.weight", "out.2.weight", "out.2.bias"}
     with pytest.raises(StudyError, match="another network"): begin(GuidedRecipe(samples=16, init="cine128_compact_ddim"))
+
+
+def test_the_start_is_the_part_of_v_that_the_classical_plane_answers():
+    "With ε unknown, v = √ᾱ ε − √(1−ᾱ) x_0 leaves −√(1−ᾱ) x_0: at small t the guide says nothing about the noise."
+    guide, schedule = torch.ones(3, 7, 2, 2), Schedule()
+    start = guided_start(schedule, torch.tensor([0, 500, 999]), guide)[:, 0, 0, 0]
+    assert torch.allclose(start, -(1 - schedule.alphas_cumprod[[0, 500, 999]]).sqrt().float()) and start[0] > -0.02 and start[2] < -0.999
 
 
 def test_training_and_its_file(folder):
