@@ -37,13 +37,6 @@ def expected(): return load_file(FIXTURES / "diffae_tiny_expected.safetensors")
 def close(a, b, most): assert float((a - b).abs().max()) <= most
 
 
-def close_walk_back(a, b):
-    """1e-3 for all but one pixel in a thousand, and 1e-4 in the mean: walking backwards makes rounding grow at a few pixels. Done in float64,
-    the walk ends 1.6e-3 from the official float32 numbers at the worst of them, so that what is left there says which processor it was."""
-    wrong = (a - b).abs().flatten()
-    assert float(wrong.quantile(0.999)) <= 1e-3 and float(wrong.square().mean().sqrt()) <= 1e-4
-
-
 @torch.no_grad()
 def test_the_official_autoencoders_numbers(tmp_path, expected):
     prior, e = load_official(official_checkpoint(tmp_path, "autoenc")), expected
@@ -56,7 +49,7 @@ def test_the_official_autoencoders_numbers(tmp_path, expected):
     close(eps_loss(prior.schedule, lambda x, t: prior.eps(x, t, z), e["x0"], e["t"], e["noise"]), e["loss_per_sample"], 1e-4)
     for steps in (10, 20):
         assert timesteps(steps).tolist() == e[f"timesteps_{steps}"].tolist()
-        close_walk_back(prior.encode_stochastic(e["x0"], z, steps), e[f"x_T_{steps}"])
+        close(prior.encode_stochastic(e["x0"], z, steps), e[f"x_T_{steps}"], 1e-3)
         close(prior.render(e[f"x_T_{steps}"], z, steps), e[f"render_{steps}"], 1e-3)
         close(prior.render(e["noise"], z, steps), e[f"render_from_noise_{steps}"], 1e-3)
 
