@@ -5,8 +5,8 @@ import torch
 
 from mgdcr import reconstruct
 from mgdcr.dataset import side_of
-from mgdcr.dicom import StudyError
 from mgdcr.ddim import Schedule
+from mgdcr.dicom import StudyError
 from mgdcr.diffae import guided_start, load_prior, save_prior
 from mgdcr.guided import (OFFSETS, GuidedRecipe, GuidedStream, Volumes, coded, decoded, guide_of, load_volumes, posterior_mean, save_volumes,
                           varied_protocol, volume_jobs)
