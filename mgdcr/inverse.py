@@ -23,6 +23,7 @@ from . import alignment, clinical, diffusion, metrics, solvers
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, sample_volume
 from .jobs import TERMINAL, run_folder
+from .patches import load_patches
 from .dataset import heart_frame
 from .diffae import sha256_of, weights_file
 from .scanner import phantom_study
@@ -75,8 +76,7 @@ class Problem:
     device: str = "cpu"
     save_every: int = 0  # rounds between volumes that are kept
     callback: object = None  # called with each round's record, a dict
-    frame: object = None  # `dataset.HeartFrame`: where the heart is, for a prior
-    prior: object = None  # `diffae.Prior`, for the methods that have one
+    prior: object = None  # `patches.PatchPrior`, for the methods that have one
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Method:
     options: dict = field(default_factory=dict)  # name → default
 
 
-_GIVEN = {"poses", "device", "init", "callback", "save_every", "seed", "frame", "prior"}  # what comes from the problem rather than from a person
+_GIVEN = {"poses", "device", "init", "callback", "save_every", "seed", "prior"}  # what comes from the problem rather than from a person
 
 
 def method_of(
@@ -424,16 +424,15 @@ def reconstruct(
     hold_out="",  # views left out of everything, then scored: "lax_4ch", "lax_2ch,lax_4ch"
     spacing_mm: float = 1.4,
     save_every: int = 0,  # rounds between volumes that are kept
-    prior: str | None = None,  # for the methods that have one
+    prior: str = "cine_patches",  # for the methods that have one: a shipped one's name, or a file
     segmenter: str | None = "cine128_labels",  # names blood and muscle, in slices and volume; None: nobody does
     **options,  # the method's own
 ) -> Reconstruction:
     "Reconstruct a study by one of `METHODS`."
     _check_choices(method, align, spacing_mm, options)
-    if prior and not METHODS[method].uses_prior: raise StudyError(f"The method {method!r} uses no prior: leave prior={prior!r} away.")
     chosen, device, record = METHODS[method], pick_device(device), []
     labeller = load_segmenter(segmenter, device) if segmenter else None
-    knows = diffusion.guided_prior(prior, device) if chosen.uses_prior else None
+    knows = load_patches(prior, device) if chosen.uses_prior else None
     held_out, frames = held_out_views(hold_out, study), frames_of(frame, study)
     np.random.seed(seed), torch.manual_seed(seed)
     kept = replace(study, views={name: view for name, view in study.views.items() if name not in held_out})
@@ -444,14 +443,14 @@ def reconstruct(
     result = Reconstruction(study.subject, method, None, grid, None, poses, None, None, frames,
                             float(np.mean(kept.views["sax"].rr_ms))/1000/study.frames, stages=record, alignment=aligned, held_out=held_out)
     with stage("solve", record, device, callback):
-        problem = Problem(None, grid, poses, None, seed, device, save_every, frame=heart_frame(kept) if knows else None, prior=knows)
+        problem = Problem(None, grid, poses, None, seed, device, save_every, prior=knows)
         _solve_frames(result, kept, chosen, problem, options, callback)
     if labeller:
         with stage("label", record, device, callback): _label(kept, result, labeller)
     with stage("score", record, device, callback): result.scores = _scores(study, result)
     result.about = _about(kept, result, dict(frame=frame, align=align, hold_out=",".join(held_out), spacing_mm=spacing_mm, device=device,
                                              save_every=save_every, segmenter=segmenter and Path(segmenter).name) | chosen.options | options, seed)
-    if knows: result.about |= dict(prior=knows.card.get("name"), prior_sha256=sha256_of(weights_file(prior)))
+    if knows: result.about |= dict(prior=knows.card.get("name"), prior_sha256=sha256_of(weights_file(prior, "patches")))
     return result
 
 

@@ -226,9 +226,6 @@ def _start_from(network, old, name):
     elif network.config.has_encoder and old.config == replace(network.config, encoder_mult=(), z_map=0):
         state = {f"time_embed.{k}" if k.startswith("time_embed.") else k: v for k, v in old.network.state_dict().items()}
         network.load_state_dict(network.state_dict() | state)
-    elif network.config.guide and old.config == replace(network.config, guide=0, fine=0):
-        state, known = network.state_dict(), old.network.state_dict()
-        network.load_state_dict(state | {k: v for k, v in known.items() if v.shape == state[k].shape})  # all but the door and what comes out
     else: raise StudyError(f"init={name!r} is another network than the recipe's: give network to match.")
 
 

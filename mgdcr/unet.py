@@ -31,8 +31,6 @@ class UNetConfig:
     z_map: int = 0                              # z_sem as a picture: channels of the map at the coarsest level; 0: official, see below
     size: int = 128                             # of the picture, pixels; matters for z_map alone
     prediction: str = "eps"                     # what comes out: "eps", or "v" = √ᾱ ε − √(1−ᾱ) x_0 (Salimans and Ho, 2022)
-    guide: int = 0                              # further pictures that the U-Net sees beside x_t, see [guided](21_guided.ipynb)
-    fine: int = 0                               # channels of a last stretch at full resolution, which sees x_t and guide again; for patch > 1
 
     @property
     def has_encoder(self) -> bool: return bool(self.encoder_mult)
@@ -46,7 +44,6 @@ NETWORKS = {
     "diffae128": UNetConfig(),
     "ddim128": UNetConfig(encoder_mult=()),
     "cine128_compact": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, z_map=16, prediction="v"),
-    "cine128_guided": UNetConfig(64, (1, 1, 2), (1, 1, 2), 1, (2,), 1, 128, 128, dropout=0., patch=4, z_map=16, prediction="v", guide=7, fine=16),
     "cine128_compact_ddim": UNetConfig(64, (1, 1, 2), (), 1, (2,), 1, 128, 128, dropout=0., patch=4, prediction="v"),
 }
 
@@ -152,14 +149,6 @@ class Encoder(nn.Module):
         return self.out(self.middle_block(x))
 
 
-class _Fine(nn.Sequential):
-    "What the coarse path found, beside the pictures themselves → the answer."
-
-    def __init__(self, c):
-        def conv(cin, cout): return nn.Conv2d(cin, cout, 3, padding=1)
-        super().__init__(conv(c.fine + c.image_channels + c.guide, c.fine), nn.SiLU(), conv(c.fine, c.fine), nn.SiLU(), _zero(conv(c.fine, c.image_channels)))
-
-
 class UNet(nn.Module):
     "ε_θ(x_t, t, z_sem), or v; with the encoder as `.encoder`, unless it is a plain diffusion model."
 
@@ -171,7 +160,7 @@ class UNet(nn.Module):
         def res(cin, cout, resample=""):
             return ResBlock(cin, cout, c.embed, c.z if c.has_encoder else 0, c.dropout, resample)
         ch = c.channels*c.mult[0]
-        self.input_blocks, laterals = nn.ModuleList([_Stage(nn.Conv2d((c.image_channels + c.guide)*c.patch**2, ch, 3, padding=1))]), [ch]
+        self.input_blocks, laterals = nn.ModuleList([_Stage(nn.Conv2d(c.image_channels*c.patch**2, ch, 3, padding=1))]), [ch]
         for level, mult in enumerate(c.mult):
             for _ in range(c.blocks):
                 layers, ch = [res(ch, mult*c.channels)], mult*c.channels
@@ -186,19 +175,16 @@ class UNet(nn.Module):
                 if level in c.attention: layers.append(AttentionBlock(ch, c.heads))
                 if level and i == c.blocks: layers.append(res(ch, ch, "up"))
                 self.output_blocks.append(_Stage(*layers))
-        last = nn.Conv2d(ch, (c.fine or c.image_channels)*c.patch**2, 3, padding=1)
-        self.out = nn.Sequential(_norm(ch), nn.SiLU(), last if c.fine else _zero(last))
-        if c.fine: self.fine = _Fine(c)
+        self.out = nn.Sequential(_norm(ch), nn.SiLU(), _zero(nn.Conv2d(ch, c.image_channels*c.patch**2, 3, padding=1)))
         if c.has_encoder: self.encoder = Encoder(c)
         self.z_seed = None
         if c.has_encoder and c.z_map:
             side = c.coarsest(c.mult)
             self.z_seed = nn.Sequential(nn.Linear(c.z, c.z_map*side**2), nn.Unflatten(1, (c.z_map, side, side)), _zero(nn.Conv2d(c.z_map, c.channels*c.mult[-1], 1)))
 
-    def forward(self, x, t, z=None, guide=None):
-        "(B, C, H, W), (B,) timesteps of 1000, (B, z), (B, guide, H, W) → (B, C, H, W)."
+    def forward(self, x, t, z=None):
+        "(B, C, H, W), (B,) timesteps of 1000, (B, z) → (B, C, H, W)."
         c = self.config
-        if c.guide: x = torch.cat([x, guide], 1)
         embed = self.time_embed["time_embed"] if c.has_encoder else self.time_embed
         emb, h, laterals = embed(timestep_embedding(t, c.channels)), _stem(x, c.patch), []
         for stage in self.input_blocks: laterals.append(h := stage(h, emb, z))
@@ -206,8 +192,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb, z)
         for stage in self.output_blocks: h = stage(torch.cat([h, laterals.pop()], 1), emb, z)
         h = self.out(h)
-        if c.patch > 1: h = F.pixel_shuffle(h, c.patch)
-        return self.fine(torch.cat([h, x], 1)) if c.fine else h
+        return F.pixel_shuffle(h, c.patch) if c.patch > 1 else h
 
 
 def parameters_of(network: nn.Module) -> int:

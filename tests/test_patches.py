@@ -1,0 +1,129 @@
+"""The prior of patches: what it learns from, what it sees, its file, and the reconstruction that uses it."""
+import numpy as np
+import pytest
+import torch
+
+from mgdcr import reconstruct
+from mgdcr.dataset import Intensity, side_of
+from mgdcr.dicom import StudyError
+from mgdcr.diffusion import expected
+from mgdcr.geometry import Grid
+from mgdcr.patches import (AROUND, CENTRE, PatchNet, PatchPrior, PatchRecipe, PatchStream, Volumes, coded, context, decoded, load_patches, load_volumes, save_patches,
+                           save_volumes, varied_protocol, volume_jobs)
+from mgdcr.scanner import phantom_study
+from mgdcr.training import begin, train
+
+
+def small(seed=0):
+    rng = np.random.default_rng(seed)
+    near = np.zeros((2, 16, 50, 40), bool)
+    near[:, 3:12, 10:40, 10:30] = True
+    picture = lambda: rng.integers(0, 256, near.shape).astype(np.uint8)
+    return Volumes(picture(), picture(), near, picture(), rng.integers(0, 120, (2, *near.shape[1:])).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("phantom-10000", "phantom-112"): save_volumes(tmp_path/f"{name}.npz", small())
+    return tmp_path
+
+
+def test_nobody_who_is_reported_is_learnt_from():
+    names = volume_jobs(3, anatomies=2, tune=2)
+    assert {side_of(name) for name in names} == {"train", "tune"} and "phantom-112" in names
+
+
+def test_plans_differ_and_half_are_the_yardstick():
+    plans = [varied_protocol(np.random.default_rng(n)) for n in range(60)]
+    assert 15 < sum(p.name == "yardstick-1" for p in plans) < 45
+    assert len({p.sax_spacing_mm for p in plans}) > 3 and {len(p.views) for p in plans} >= {2, 3, 4} and all(p.views[0] == "sax" for p in plans)
+
+
+def test_bytes_keep_what_lies_beyond_the_line():
+    values = np.array([-20.0, 10.0, 110.0, 210.0, 260.0])
+    assert np.allclose(decoded(coded(values, Intensity(10.0, 210.0)).astype(float)), (values - 110)/100, atol=0.01)
+
+
+def test_beyond_the_border_the_border_goes_on():
+    volume = np.arange(5*6*7.0).reshape(5, 6, 7)
+    x = context(volume, np.zeros((2, 5, 6, 7)), np.zeros((5, 6, 7))).look(np.array([[4, 5, 6]]))[0]
+    after = [n for n, (channel, *step) in enumerate(AROUND) if channel == 0 and min(step) >= 0 and n != CENTRE]
+    assert len(after) > 10 and torch.all(x[after] == 0) and x[CENTRE] == 2.5*volume[4, 5, 6]
+
+
+def test_samples_depend_on_seed_and_number_alone(folder):
+    recipe = PatchRecipe(str(folder), samples=16)
+    one, other = PatchStream(recipe), PatchStream(recipe)
+    for n in (5, 2, 9):
+        a, b = one[n], other[n]
+        assert all(torch.equal(v, b[k]) for k, v in a.items()) and a["x"].shape == (32, len(AROUND)) and a["y"].shape == (32,)
+    assert set(one.subjects) == {"phantom-10000"} and set(PatchStream(recipe, "tune").subjects) == {"phantom-112"}
+    with pytest.raises(StudyError, match="no volumes"): PatchStream(PatchRecipe(str(folder/"none"), samples=16))
+
+
+def test_what_is_to_be_added_is_the_difference_from_the_truth(folder):
+    stream = PatchStream(PatchRecipe(str(folder), samples=16, varied=False))
+    where = np.array([[4, 20, 15], [7, 30, 28]])
+    x, y = stream.sample(0, where)
+    heart = small()
+    assert torch.allclose(y, torch.as_tensor([(float(heart.truth[0][tuple(at)]) - float(heart.classical[0][tuple(at)]))/85 for at in where], dtype=torch.float32))
+    assert torch.allclose(x[:, CENTRE], torch.as_tensor([2.5*decoded(float(heart.classical[0][tuple(at)])) for at in where], dtype=torch.float32), atol=1e-5)
+
+
+def test_training_goes_on_and_its_file(folder):
+    recipe = PatchRecipe(str(folder), samples=16, batch=8)
+    run = train(recipe, folder/"run", folder/"log", "cpu")
+    longer = train(PatchRecipe(str(folder), samples=32, batch=8), folder/"run", folder/"log", "cpu")
+    assert run.step == 2 and longer.step == 4
+    prior = longer.learnt()
+    card = save_patches(prior, folder/"w.safetensors")
+    around, where = PatchStream(recipe).hearts[0][0], np.argwhere(small().near[0])[:50]
+    again = load_patches(str(folder/"w.safetensors"))
+    assert card["kind"] == "patches" and all(torch.allclose(a, b, atol=0.01) for a, b in zip(again(around, where), prior(around, where)))
+    assert begin(PatchRecipe(str(folder), samples=16, init=str(folder/"w.safetensors"))).started_from == card["samples"]
+    with pytest.raises(StudyError, match="no prior of patches"): load_patches(_other(folder))
+    with pytest.raises(StudyError, match="no patches 'x'"): load_patches("x")
+
+
+def _other(folder):
+    from mgdcr.diffae import weights_folder
+    return weights_folder()/"cine128_labels.safetensors"
+
+
+class Brighter(PatchNet):
+    "Adds a tenth everywhere."
+    def forward(self, x): return torch.full(x.shape[:-1], 0.1), torch.full(x.shape[:-1], -1.0)
+
+
+def test_what_the_prior_adds_goes_where_it_may_speak_and_survives_another_grid():
+    k, j, i = np.indices((24, 96, 112))
+    volume = (100*np.exp(-((j - 48)**2 + (i - 56)**2)/300.)).astype(np.float32) + 5
+    def added(spacing, shape, volume):
+        grid = Grid.centred((0, 0, 0), np.eye(3), shape, spacing)
+        mean, error = expected(PatchPrior(Brighter(), {}), volume, grid, np.zeros((2, *shape)), np.zeros(shape))
+        return (mean - volume)/(error/np.exp(-1.0))
+    more = added(1.4, volume.shape, volume)
+    assert np.allclose(more[:, 48, 20:92], 0.1, atol=1e-3) and abs(more[:, 48, :4]).max() < 1e-3  # 60 mm are 43 voxels
+    coarse = added(2.8, (12, 48, 56), volume[::2, ::2, ::2])
+    assert np.allclose(coarse[1:-1, 24, 12:44], 0.1, atol=2e-3)
+
+
+def test_reconstructing_with_another_prior(folder):
+    save_patches(begin(PatchRecipe(samples=16)).learnt(), folder/"g.safetensors")
+    study, told = phantom_study(103), []
+    options = dict(prior=str(folder/"g.safetensors"), segmenter=None, align="none", spacing_mm=2.0, seed=3)
+    one, again = (reconstruct(study, "diffae", callback=told.append, **options) for _ in range(2))
+    assert np.array_equal(one.volume, again.volume) and np.isfinite(one.volume).all()
+    summary = one.summary()
+    assert summary["prior"] == "cine_patches" and len(summary["prior_sha256"]) == 64 and summary["network_evaluations"] == len(one.volume)
+    assert "trust" in summary["parameters"] and any(record.get("share") == 1.0 for record in told)
+    assert reconstruct(study, "tv", segmenter=None, align="none", spacing_mm=4.0, rounds=2).summary()["prior"] is None
+
+
+def test_broken_files_are_refused(folder):
+    good, bad = (folder/"phantom-10000.npz").read_bytes(), folder/"phantom-10001.npz"
+    for data in (b"", good[:500], b"\xff"*99):
+        bad.write_bytes(data)
+        with pytest.raises(StudyError, match="phantom-10001.npz"): load_volumes(bad)
+    np.savez(bad, **{name: np.zeros((1, 2, 3, 3)) for name in ("classical", "truth", "near", "left", "seen")})
+    with pytest.raises(StudyError): load_volumes(bad)
