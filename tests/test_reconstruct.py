@@ -9,7 +9,7 @@ import pytest
 
 import mgdcr
 from mgdcr.dicom import StudyError
-from mgdcr.inverse import METHODS, Reconstruction, load_subject, method_of, reconstruct
+from mgdcr.inverse import METHODS, Reconstruction, beyond, load_subject, method_of, reconstruct, slice_residuals
 from mgdcr.scanner import phantom_study
 from mgdcr.reconstruct import main
 from mgdcr.solvers import Solution
@@ -130,10 +130,10 @@ def test_a_bad_call_touches_nothing(data, tmp_path, capsys):
 
 
 def test_the_notebook_and_the_command_agree(data, tmp_path):
-    settings = ["-p", "data_dir", data, "-p", "spacing_mm", 6, "-p", "rounds", 2, "-p", "hold_out", "lax_3ch"]
+    settings = ["-p", "data_dir", data, "-p", "method", "tv", "-p", "spacing_mm", 6, "-p", "rounds", 2, "-p", "hold_out", "lax_3ch"]
     run = shell("papermill", "nbs/reconstruct.ipynb", tmp_path/"executed.ipynb", "-r", "subject", "007", "-p", "out_dir", tmp_path/"a", *settings)
     assert run.returncode == 0, run.stderr
-    assert main(["007", "--data-dir", str(data), "--out-dir", str(tmp_path/"b"), "--spacing-mm", "6", "--option", "rounds=2", "--hold-out", "lax_3ch"]) == 0
+    assert main(["007", "--data-dir", str(data), "--out-dir", str(tmp_path/"b"), "--method", "tv", "--spacing-mm", "6", "--option", "rounds=2", "--hold-out", "lax_3ch"]) == 0
     one, other = (nib.load(tmp_path/side/"007/volume.nii.gz").get_fdata() for side in "ab")
     assert np.allclose(one, other, rtol=1e-3, atol=1e-3*np.abs(one).max())
     files = [sorted(str(p.relative_to(tmp_path/side)) for p in (tmp_path/side).rglob("*")) for side in "ab"]
@@ -145,6 +145,31 @@ def test_a_subject_that_became_a_number_says_so(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="-r subject"):
         papermill.execute_notebook(ROOT/"nbs/reconstruct.ipynb", None, dict(subject=7, out_dir=str(tmp_path)), progress_bar=False, kernel_name="python3", cwd=ROOT)
     with pytest.raises(StudyError, match="-r"): load_subject(12345672020820)
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_the_noise_is_what_was_planted(seed):
+    noisy, clean = (phantom_study(seed, reference=False, **snr) for snr in ({}, dict(snr=1e6)))
+    grid = noisy.grid()
+    slices, without = noisy.slices("ED", grid), clean.slices("ED", grid)
+    for view in noisy.views:
+        n = np.flatnonzero(np.isin(slices.views, view))
+        middle = (slice(None), *(slice(s//4, -s//4) for s in slices.images.shape[1:]))
+        planted = (slices.images[n] - without.images[n])[middle].std()
+        assert abs(slices.sigma[n].mean()/planted - 1) < 0.15, view
+
+
+def test_slices_that_contradict_the_volume_are_named():
+    study = phantom_study(103, shifts_mm=0.0)
+    result = reconstruct(study, segmenter=None, align="none")
+    assert result.method == "diffae" and result.beyond == [] and max(row["heart_sigma"] for row in result.residuals) <= 1.3
+    grid, slices = result.grid, result.slices
+    poses = np.zeros((len(slices), 6))
+    poses[2] = 0, 6, 6, 0, 0, 0
+    rows = slice_residuals(result.volume, grid, slices, poses, result.gains, result.offsets)
+    assert rows[2]["heart_sigma"] > 2 > 1.3 > rows[2]["heart_sigma_header"] and rows[1]["heart_sigma"] == rows[1]["heart_sigma_header"]
+    told = beyond(rows, slices, poses)
+    assert len(told) == 2 and told[0].startswith("sax 2 is") and told[1].startswith("sax 2 was moved by 8.5 mm")
 
 
 def test_function_and_module_share_a_name():
