@@ -696,8 +696,8 @@ def compare_with_truth(
     path, rows = record and from_root(record), []
     if path and path.exists():
         with open(path, newline="") as file: rows = list(csv.DictReader(file))
-    for shift in shifts_mm:
-        for subject in subjects:
+    for subject in subjects:
+        for shift in shifts_mm:
             if any(row["subject"] == subject and float(row["shifts_mm"]) == shift for row in rows): continue
             rows += _known(subject, shift, spacing_mm, **options)
             if path: _table(path, rows)
