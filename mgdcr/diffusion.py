@@ -128,19 +128,21 @@ def diffae(
     prior: PatchPrior | None = None,
     trust: float = 1.25,  # divides the error that the prior expects of itself: 2 for twice as sure
     raises: int = 4,     # how often the weight of slices may be raised
+    save_every: int = 0,  # rounds of `tv` between volumes that are kept; then every data step's is
     callback=None, **_,
 ) -> Solution:
     "What the prior expects, brought to agree with every slice."
     if np.abs(grid.spacing - PRIOR_MM).max() > 0.01:
         size = np.ceil(np.array(grid.shape)*grid.spacing[::-1]/PRIOR_MM)
         own = Grid.centred(grid.centre, grid.axes, (size[0], *np.minimum(size[1:], 128)), PRIOR_MM)
-        found = diffae(slices, own, poses, device, None if init is None else brought_to(init, grid, own), prior, trust, raises, callback)
+        found = diffae(slices, own, poses, device, None if init is None else brought_to(init, grid, own), prior, trust, raises, save_every, callback)
         at = own.voxels(grid.points())/(np.array(own.shape[::-1]) - 1)
         held = np.all((at[..., :2] >= 0) & (at[..., :2] <= 1), -1)
         outside = 0 if held.all() else tv(slices, grid, poses, device, init).volume
-        return replace(found, volume=np.where(held, brought_to(found.volume, own, grid), outside))
+        here = lambda volume: np.where(held, brought_to(volume, own, grid), outside)
+        return replace(found, volume=here(found.volume), stages=[(n, here(volume)) for n, volume in found.stages])
     start = time.perf_counter()
-    classical = tv(slices, grid, poses, device, init)
+    classical = tv(slices, grid, poses, device, init, save_every=save_every)
     data = DataTerm(slices, grid, poses, device)
     unit = data.from_units(classical.volume)
     data.fit_gains(data.op.A(unit))
@@ -152,13 +154,14 @@ def diffae(
     data.fit_gains(data.op.A(mean))
     around = torch.as_tensor(from_axis(grid) < REACH_MM[0]).to(mean).expand(grid.shape)
     near = data.w & (data.op.A(around.contiguous()) > 0.99)
-    tau, sigma, u, raised, losses = torch.as_tensor(error/data.range/trust).to(mean), slices.sigma/data.range, None, 1.0, list(classical.losses)
+    tau, sigma, u, raised, losses, stages = torch.as_tensor(error/data.range/trust).to(mean), slices.sigma/data.range, None, 1.0, list(classical.losses), list(classical.stages)
     for n in range(raises + 1):
         volume, u = data_step(data, mean, tau, start=u)
         losses.append(dict(round=len(losses) + 1, loss=float(data.loss(data.op.A(volume))), seconds=time.perf_counter() - start))
         if callback: callback(losses[-1])
+        if save_every: stages.append((len(losses), data.to_units(volume)))
         more = (misfit(data, volume, sigma, near)/(0.96*CLOSE)).square().clamp(1, 2)
         if n == raises or (more == 1).all(): break
         raised, before = (raised*more).clamp(max=8), raised
         data.weight = data.weight*(raised/before)[:, None, None]
-    return Solution(data.to_units(volume), *data.gains(), losses, [], len(volume))
+    return Solution(data.to_units(volume), *data.gains(), losses, stages, len(volume))
