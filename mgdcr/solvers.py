@@ -9,6 +9,7 @@ __all__ = ['Solution', 'posed', 'nearest', 'linear', 'cubic', 'derivatives', 'di
 
 # %% ../nbs/04_solvers.ipynb #c003
 import json, time
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -27,6 +28,9 @@ class Solution:
     losses: list = field(default_factory=list) # dicts with "round", "loss", "seconds", …
     stages: list = field(default_factory=list) # (round, volume) pairs, where asked for
     evaluations: int = 0              # of a network, a plane at a time
+    finished: bool = True             # False: interrupted, and the best so far
+    posterior: object = None          # of `diffae`: what its uncertainty is drawn from
+    doubted: tuple = ()               # numbers of the slices that were left out, since they contradict the others
 
 # %% ../nbs/04_solvers.ipynb #c007
 def _in_plane(slices: Slices, grid: Grid) -> tuple:
@@ -160,7 +164,7 @@ class DataTerm:
                  profile: str = "smooth"
                  ):
         planes = slices.planes if poses is None else apply_poses(slices.planes, poses)
-        self.op = SliceOperator(grid, planes, profile, device)
+        self.op, self.profile = SliceOperator(grid, planes, profile, device), profile
         to = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float32, device=device)
         sax = slices.images[np.isin(slices.views, "sax")]
         low, high = np.percentile(sax, [1, 99])
@@ -171,6 +175,12 @@ class DataTerm:
         self.weight = self.w / self.sigma**2
         self.views = np.asarray(slices.views)
         self.g = torch.ones(len(slices), 1, 1, device=device); self.b = torch.zeros_like(self.g)
+
+    def moved(self, poses) -> "DataTerm":
+        "The same slices a little elsewhere: `poses` (N, 6) from where they are."
+        other = copy(self)
+        other.op = SliceOperator(self.op.grid, apply_poses(self.op.planes, poses), self.profile, self.op.device)
+        return other
 
     def residual(self, seen: torch.Tensor) -> torch.Tensor:
         "(N, H, W) g A V + b − y, from `seen` = A V."
@@ -201,6 +211,7 @@ class DataTerm:
         for view in set(self.views) - {"sax"}:
             n = torch.as_tensor(np.flatnonzero(self.views == view), device=seen.device)
             w, a, y = self.weight[n], seen[n], self.y[n]
+            if not w.any(): continue
             total = w.sum().clamp_min(1e-6)
             ma, my = (w * a).sum() / total, (w * y).sum() / total
             var, cov = (w * (a - ma) ** 2).sum(), (w * (a - ma) * (y - my)).sum()
@@ -241,19 +252,21 @@ def tv(slices: Slices,
     data = DataTerm(slices, grid, poses, device, model_sd)
     volume = data.from_units(cubic(slices, grid, poses).volume if init is None else init)
     seen, step, losses, stages, last = data.op.A(volume), None, [], [], np.inf
-    data_diagonal, start = data.diagonal(), time.perf_counter()
-    for m in range(rounds):
-        data.fit_gains(seen)
-        diagonal, *off = weighted_bands(lam * (variation2(volume, kappa) + eps**2).rsqrt(), kappa)
-        columns = factor_columns(diagonal + data_diagonal, *off)
-        for _ in range(10): volume, seen, step = _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa)
-        J = tv_objective(data, volume, seen, lam, eps, kappa).item()
-        losses.append(dict(round=m + 1, loss=J, seconds=time.perf_counter() - start))
-        if callback: callback(losses[-1])
-        if save_every and (m + 1) % save_every == 0: stages.append((m + 1, data.to_units(volume)))
-        if last - J < tol * J: break
-        last = J
-    return Solution(data.to_units(volume), *data.gains(), losses, stages)
+    data_diagonal, start, finished = data.diagonal(), time.perf_counter(), True
+    try:
+        for m in range(rounds):
+            data.fit_gains(seen)
+            diagonal, *off = weighted_bands(lam * (variation2(volume, kappa) + eps**2).rsqrt(), kappa)
+            columns = factor_columns(diagonal + data_diagonal, *off)
+            for _ in range(10): volume, seen, step = _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa)
+            J = tv_objective(data, volume, seen, lam, eps, kappa).item()
+            losses.append(dict(round=m + 1, loss=J, seconds=time.perf_counter() - start))
+            if callback: callback(losses[-1])
+            if save_every and (m + 1) % save_every == 0: stages.append((m + 1, data.to_units(volume)))
+            if last - J < tol * J: break
+            last = J
+    except KeyboardInterrupt: finished = False
+    return Solution(data.to_units(volume), *data.gains(), losses, stages, finished=finished)
 
 def _memory_gradient(data, volume, seen, step, columns, lam, eps, kappa) -> tuple:
     "One iteration: the parabola's lowest point on the plane of the preconditioned gradient and the last step (a pair: step, A step)."

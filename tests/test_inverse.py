@@ -1,0 +1,108 @@
+"""The default method on studies that lack something, that lie, or that are interrupted; and what it says of its own certainty."""
+import json, os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mgdcr.dicom import StudyError
+from mgdcr.inverse import reconstruct, study_of
+from mgdcr.jobs import TERMINAL
+from mgdcr.scanner import phantom_study
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(segmenter=None, raises=1)
+
+
+@pytest.fixture(scope="module")
+def study(): return study_of("phantom-113", shifts_mm=2.0)[0]
+
+
+@pytest.fixture(scope="module")
+def small(): return phantom_study(3, frames=2, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False)
+
+
+@pytest.fixture(scope="module")
+def whole(study): return reconstruct(study, **QUICK)
+
+
+def psnr(result): return result.scores["truth"]["psnr"]
+
+
+def with_views(study, *names): return replace(study, views={name: study.views[name] for name in names})
+
+
+def changed(study, name, change, slice=0):
+    "A study with one slice changed."
+    view = study.views[name]
+    images = view.images.copy()
+    images[slice] = change(images[slice])
+    return replace(study, views=study.views | {name: replace(view, images=images)})
+
+
+def ghosted(image): return 0.6*image + 0.4*np.roll(image, image.shape[-2]//3, -2)
+
+
+@pytest.mark.parametrize("views", [("sax",), ("sax", "lax_4ch")])
+def test_missing_views_cost_but_do_not_break(study, whole, views):
+    fewer, linear = reconstruct(with_views(study, *views), **QUICK), reconstruct(study, "linear", segmenter=None)
+    assert np.isfinite(fewer.volume).all() and psnr(fewer) > psnr(linear) + 1 and psnr(fewer) < psnr(whole) + 0.3
+
+
+def test_three_slices_are_enough_to_go_on(study):
+    three = replace(study, views=study.views | {"sax": study.sax.without([n for n in range(len(study.sax.images)) if n not in (2, 5, 8)])})
+    result = reconstruct(three, **QUICK)
+    assert len(three.sax.images) == 3 and np.isfinite(result.volume).all() and psnr(result) > psnr(reconstruct(three, "linear", segmenter=None))
+
+
+@pytest.mark.parametrize("view, slice", [("lax_4ch", 0), ("sax", 5)])
+def test_a_corrupted_slice_is_left_out_and_named(study, whole, view, slice):
+    result = reconstruct(changed(study, view, ghosted, slice), **QUICK)
+    assert result.doubted == [f"{view} {slice} contradicts the others and was left out."] == result.summary()["doubted"] and whole.doubted == []
+    assert any(told.startswith(f"{view} {slice} is ") for told in result.beyond)
+    assert psnr(result) > psnr(whole) - 0.7
+
+
+def test_spread_is_deterministic_and_refused_where_there_is_none(small):
+    with pytest.raises(StudyError, match="diffae"): reconstruct(small, "tv", spread=4)
+    with pytest.raises(StudyError, match="spread=1"): reconstruct(small, spread=1)
+    result = reconstruct(small, spread=2, measured=True, align="none", seed=5, **QUICK)
+    assert result.spread.shape == result.volume.shape == result.measured.shape and (result.spread > 0).mean() > 0.5
+    assert result.measured.min() >= 0 and result.measured.max() <= 1 and np.ptp(result.measured) > 0.3
+    again = reconstruct(small, spread=2, align="none", seed=5, **QUICK)
+    assert np.array_equal(result.volume, again.volume) and np.array_equal(result.spread, again.spread) and again.measured is None
+
+
+def stop_at(rounds):
+    def callback(record):
+        if record.get("stage") == "solve" and record.get("round") == rounds: raise KeyboardInterrupt
+    return callback
+
+
+@pytest.mark.parametrize("method, rounds", [("tv", 2), ("diffae", 3), ("diffae", 9)])
+def test_interrupted_it_leaves_the_best_so_far(small, tmp_path, method, rounds):
+    coarse = dict(align="none", spacing_mm=3.0)
+    done = reconstruct(small, "linear", **coarse)
+    done.save(tmp_path/"x")
+    result = reconstruct(small, method, frame="all", callback=stop_at(rounds), segmenter=None, **coarse)
+    assert not result.finished and result.frames == [0] and result.volume.shape == done.volume.shape and np.isfinite(result.volume).all() and result.residuals
+    result.save(tmp_path/"x")
+    assert sorted(os.listdir(tmp_path)) == ["x", "x.unfinished"]
+    read = lambda name: json.loads((tmp_path/name/"summary.json").read_text())
+    assert read("x")["finished"] and not read("x.unfinished")["finished"] and read("x")["method"] == "linear"
+
+
+def test_ctrl_c_saves_what_there_is(small, tmp_path):
+    replace(small, subject="anna").save(tmp_path/"data/anna")
+    command = [sys.executable, "-m", "mgdcr.reconstruct", "anna", "--data-dir", tmp_path/"data", "--out-dir", tmp_path/"out", "--method", "tv", "--option", "tol=-1", "--option",
+               "rounds=100000", "--align", "none", "--segmenter", ""]
+    (tmp_path/"progress").touch()
+    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           env=os.environ | {TERMINAL: str(tmp_path/"progress"), "OMP_NUM_THREADS": "1"})
+    while "round 3" not in (tmp_path/"progress").read_text() and run.poll() is None: time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    out, told = run.communicate(timeout=120)
+    assert run.returncode == 130 and "Traceback" not in told and out.strip() == "anna: interrupted; the best so far is in anna.unfinished"
+    assert os.listdir(tmp_path/"out") == ["anna.unfinished"] and nib.load(tmp_path/"out/anna.unfinished/volume.nii.gz").shape[2] > 10
