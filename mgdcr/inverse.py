@@ -6,8 +6,8 @@
 __all__ = ['PHANTOM_FRAMES', 'METHODS', 'CLOSE', 'FAR_MM', 'FAR_DEG', 'UNFINISHED', 'COMPARED', 'SHOWN', 'REPORTED', 'from_root',
            'named', 'load_subject', 'Problem', 'Method', 'method_of', 'held_out_views', 'view_choices', 'options_among',
            'frames_of', 'pick_device', 'stage', 'slice_residuals', 'beyond', 'Reconstruction', 'save_volume',
-           'pose_rows', 'git_commit', 'versions', 'summary', 'truth_on', 'reconstruct', 'Progress', 'compare_held_out',
-           'write_overview', 'study_of', 'compare_with_truth']
+           'pose_rows', 'git_commit', 'versions', 'summary', 'truth_on', 'reconstruct', 'Beat', 'beats', 'Progress',
+           'compare_held_out', 'write_overview', 'study_of', 'compare_with_truth']
 
 # %% ../nbs/24_inverse.ipynb #c003
 import csv, inspect, json, os, platform, re, resource, subprocess, sys, time
@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import map_coordinates
 
 import mgdcr
 from . import alignment, clinical, diffusion, metrics, scanner, solvers, uncertainty
 from .dicom import StudyError
-from .geometry import Grid, Slices, SliceOperator, apply_poses, less_voxels, sample_volume
+from .geometry import Grid, Slices, SliceOperator, apply_poses, crossing, less_voxels, sample_volume
 from .jobs import TERMINAL, run_folder
 from .patches import load_patches
 from .dataset import heart_frame, simulated_heart
@@ -275,6 +276,7 @@ class Reconstruction:
     spread: np.ndarray | None = None  # as volume: standard deviation of the error, from perturbed runs
     measured: np.ndarray | None = None  # (nk, nj, ni) at the first frame: share of a local change that comes back, 0 imagined, 1 measured
     runs: dict = field(default_factory=dict)  # frame (ED, ES) → (K, nk, nj, ni) perturbed runs
+    beat: dict = field(default_factory=dict)  # view → `Beat`, of a whole beat
     doubted: list = field(default_factory=list)  # sentences: slices that were left out, since they contradict the others
     finished: bool = True  # False: interrupted, and the best so far
     labels: np.ndarray | None = None  # as volume, uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity
@@ -402,7 +404,7 @@ def summary(self: Reconstruction) -> dict:
     "What summary.json holds."
     return dict(subject=self.subject, method=self.method, prior=None, prior_sha256=None) | self.about | dict(
         finished=self.finished, network_evaluations=self.evaluations, frames=self.frames, stages=self.stages,
-        doubted=self.doubted, beyond=self.beyond, scores=self.scores, clinical_indices=self.clinical or None, label_doubts=self.doubts, versions=versions(), git_commit=git_commit())
+        motion_error={view: beat.error for view, beat in self.beat.items()}, doubted=self.doubted, beyond=self.beyond, scores=self.scores, clinical_indices=self.clinical or None, label_doubts=self.doubts, versions=versions(), git_commit=git_commit())
 
 
 Reconstruction.summary = summary
@@ -600,8 +602,48 @@ def _solve_frames(result, study, method, problem, options, callback, spread=0, m
     return fits
 
 
+@dataclass
+class Beat:
+    "A long-axis slice over the beat along one line: where it crosses the middle short-axis slice."
+    measured: np.ndarray  # (T, n) SAX units
+    seen: np.ndarray      # (T, n) what the volume would have shown
+    mm: np.ndarray        # (n,) along the line, from the middle of the grid
+    error: float          # `metrics.motion_error` of the line: 1 for a heart that stands still
+
+
+def beats(
+    volume: np.ndarray,  # (T, nk, nj, ni) SAX units
+    grid: Grid,
+    frames: list,  # (slices, gains, offsets) a frame
+    poses: np.ndarray,  # (N, 6)
+    device: str = "cpu",
+    reach_mm: float = 55.0,
+) -> dict:  # view → Beat
+    "M-modes of the long-axis slices beside those of the volume."
+    slices = frames[0][0]
+    planes = apply_poses(slices.planes, poses)
+    sax = np.flatnonzero(np.isin(slices.views, "sax"))
+    middle = sax[np.abs((planes.centres[sax] - grid.centre) @ grid.axes[:, 2]).argmin()]
+    lines = {}
+    for n in np.setdiff1d(np.arange(len(slices)), sax):
+        points = crossing(planes.affines[n], planes.shape, planes.affines[middle], planes.shape)
+        if len(points) < 10: continue
+        along = (points - grid.centre) @ (points[-1] - points[0])/np.linalg.norm(points[-1] - points[0])
+        near = np.abs(along) < reach_mm
+        if near.sum() > 10: lines[n] = (points[near] - planes.affines[n][:3, 3]) @ np.linalg.pinv(planes.affines[n][:3, :2]).T, along[near]
+    everywhere = np.ones(grid.shape, bool)
+    found = {n: ([], []) for n in lines}
+    for one, (these, gains, offsets) in zip(volume, frames):
+        seen = _seen(one, everywhere, grid, these, planes, gains, offsets, device)[0]
+        for n, (at, _) in lines.items():
+            for kept, image in zip(found[n], (these.images[n], seen[n])): kept.append(map_coordinates(image, at[:, ::-1].T, order=1))
+    named = lambda n: slices.views[n] + (f"_{slices.index[n]}" if slices.views.count(slices.views[n]) > 1 else "")
+    return {named(n): Beat(np.stack(measured), np.stack(seen), lines[n][1], metrics.motion_error(seen, measured)) for n, (measured, seen) in found.items()}
+
+
 def _compare_with_slices(result, fits, device):
-    "Residuals of every frame, and the slices that contradict the volume."
+    "Residuals of every frame, the slices that contradict the volume, and the beat."
+    if len(fits) > 2: result.beat = beats(result.volume, result.grid, fits, result.poses, device)
     each = lambda x: x if result.volume.ndim == 4 else x[None]
     for number, (slices, gains, offsets) in enumerate(fits):
         labels = None if result.labels is None else each(result.labels)[number]

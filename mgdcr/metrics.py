@@ -6,7 +6,7 @@
 __all__ = ['FEWEST_PIXELS', 'peak_of', 'psnr', 'ncc', 'ssim', 'dice', 'hd95', 'heart_region', 'Fit', 'best_line', 'ball',
            'fit_to_truth', 'cavity_rule', 'dice_rule', 'score_volume', 'lv_views', 'meeting_point', 'hold_out_region',
            'register_in_plane', 'in_plane_pose', 'widened', 'predict', 'compare', 'HoldOut', 'hold_out_scores',
-           'bootstrap_interval']
+           'bootstrap_interval', 'motion_error']
 
 # %% ../nbs/03_metrics.ipynb #c003
 import warnings
@@ -370,3 +370,13 @@ def bootstrap_interval(
     if len(x) < 2: return (float(x.mean()) if len(x) else float("nan")), float("nan"), float("nan")
     means = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))].mean(1)
     return float(x.mean()), *(float(q) for q in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+
+# %% ../nbs/03_metrics.ipynb #c047
+def motion_error(
+    image: np.ndarray,  # (T, …) over a beat
+    truth: np.ndarray,  # (T, …)
+) -> float:
+    "RMS error of what changes over the beat, as a share of what changes in truth; NaN where nothing does."
+    moving = [np.asarray(x, float) - np.mean(x, 0) for x in (image, truth)]
+    size = np.sqrt(np.mean(moving[1]**2))
+    return float(np.sqrt(np.mean((moving[0] - moving[1])**2))/size) if size > 0 else float("nan")

@@ -85,6 +85,10 @@ def result_figures(
     figures = {"views": viewer.views_in_space(study.slices("ED", result.grid)), "residuals": viewer.residual_figure(first(result.residuals)),
                "volume": viewer.volume_beside_input(*volume, result.poses, result.gains, result.offsets),
                "stack": viewer.stack_figure(*volume, truth and truth[0], result.poses)}
+    if result.spread is not None or result.measured is not None:
+        first_spread = result.spread if result.spread is None or result.volume.ndim == 3 else result.spread[0]
+        figures["certainty"] = viewer.certainty_figure(*volume, first_spread, result.measured, result.poses)
+    if result.beat: figures["beat"] = viewer.beat_figure(result.beat)
     if result.losses: figures["losses"] = viewer.loss_figure(first(result.losses), against="round")
     if result.alignment is not None: figures["alignment"] = viewer.alignment_figure(result.alignment, result.slices)
     if result.labels is not None:

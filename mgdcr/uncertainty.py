@@ -49,7 +49,7 @@ def index_interval(
 
 # %% ../nbs/22_uncertainty.ipynb #c009
 BUMP_MM, BUMP_HEIGHT = 6.0, 0.2  # radius of what is planted, and its width at half height; share of the intensity range
-APART, EVERY = (12, 12, 12), (3, 6, 12)  # voxels (k, j, i) between bumps of one run, and between all of them
+APART, EVERY = (12, 12, 12), (3, 12, 12)  # voxels (k, j, i) between bumps of one run, and between all of them
 
 
 def bump(spacing_mm: float = PRIOR_MM) -> np.ndarray:  # (n, n, n)

@@ -6,10 +6,10 @@
 __all__ = ['COLOURS', 'OTHER', 'NOTHING', 'ARROW', 'LINKED', 'RENDERED', 'colour', 'title', 'letters', 'plane_mm', 'extent',
            'panel', 'draw_planes', 'middle_of', 'window_of', 'points_on', 'cut', 'ray_cast', 'draw_triad', 'viewpoint',
            'views_in_space', 'residual_images', 'to_sax_units', 'example_slices', 'framed', 'volume_beside_input',
-           'long_cut', 'stack_cut', 'stack_strip', 'stack_figure', 'residual_figure', 'residual_rows',
-           'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'prediction_figure', 'small_png',
-           'furthest_turn', 'turn_of', 'overview_figure', 'loss_figure', 'outline', 'label_figure', 'curve_figure',
-           'Scene', 'as_planes', 'png', 'browse', 'browse3d']
+           'long_cut', 'stack_cut', 'stack_strip', 'stack_figure', 'certainty_figure', 'residual_figure',
+           'residual_rows', 'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'prediction_figure',
+           'small_png', 'furthest_turn', 'turn_of', 'overview_figure', 'loss_figure', 'outline', 'label_figure',
+           'curve_figure', 'beat_figure', 'Scene', 'as_planes', 'png', 'browse', 'browse3d']
 
 # %% ../nbs/23_viewer.ipynb #c003
 import io
@@ -399,6 +399,32 @@ def stack_figure(
             for ax, name in zip(row, names): ax.set_title(name, fontsize=9)
     return fig
 
+# %% ../nbs/23_viewer.ipynb #c025b
+def certainty_figure(
+    volume,    # (nk, nj, ni) SAX units
+    grid,      # Grid
+    slices,    # Slices of the same phase
+    spread=None,    # (nk, nj, ni) SAX units: standard deviation of the error
+    measured=None,  # (nk, nj, ni) share
+    poses=None,     # (N, 6) mm and degrees
+):
+    "Two long-axis cuts of the volume, of the error that is expected, and of what was measured, with the short-axis slices drawn in."
+    planes = slices.planes if poses is None else apply_poses(slices.planes, poses)
+    window, about = window_of(slices), middle_of(slices, grid)
+    shown = {"volume": (volume, window, "gray")}
+    if spread is not None: shown["standard deviation of the error"] = spread, (0, 0.15*(window[1] - window[0])), "magma"
+    if measured is not None: shown["share that was measured"] = measured, (0, 1), "viridis"
+    fig, axes = plt.subplots(2, len(shown), figsize=(2.8*len(shown), 5.1), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for row, degrees in zip(axes, (0, 90)):
+        affine, shape = long_cut(grid, about, degrees)
+        for ax, (name, (what, limits, colours)) in zip(row, shown.items()):
+            drawn = panel(ax, cut(what, grid, affine, shape), affine, about, limits, cmap=colours)
+            if what is volume: draw_planes(ax, affine, shape, about, planes, slices.views, lw=0.6)
+            elif degrees: framed(fig, drawn, "SAX units" if what is spread else "")
+            if not degrees: ax.set_title(name, fontsize=9)
+        row[0].set_ylabel("mm", fontsize=8)
+    return fig
+
 # %% ../nbs/23_viewer.ipynb #c028
 def residual_figure(
     residuals,  # a dict a slice: view, slice, ncc and rms_sigma (RMS as a multiple of the noise)
@@ -722,6 +748,22 @@ def curve_figure(
         ax.tick_params(labelsize=8)
         for side in ("top", "right"): ax.spines[side].set_visible(False)
     axes[0].legend(fontsize=8)
+    return fig
+
+# %% ../nbs/23_viewer.ipynb #c059
+def beat_figure(
+    beats,  # view → `inverse.Beat`
+):
+    "M-modes, measured and of the volume, a row a view."
+    fig, axes = plt.subplots(len(beats), 2, figsize=(7, 0.5 + 1.5*len(beats)), layout="constrained", sharex=True, squeeze=False)
+    for row, (view, beat) in zip(axes, beats.items()):
+        window = np.percentile(beat.measured, [1, 99.5])
+        for ax, image, name in zip(row, (beat.measured, beat.seen), ("measured", f"volume, motion error {beat.error:.2f}")):
+            ax.imshow(image.T, cmap="gray", vmin=window[0], vmax=window[1], aspect="auto", extent=(0, 1, beat.mm[-1], beat.mm[0]))
+            ax.set_title(f"{title(view)}: {name}", fontsize=8)
+            ax.tick_params(labelsize=7)
+        row[0].set_ylabel("mm", fontsize=8)
+    for ax in axes[-1]: ax.set_xlabel("share of the R-R interval", fontsize=8)
     return fig
 
 # %% ../nbs/23_viewer.ipynb #c050

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mgdcr.dicom import StudyError
-from mgdcr.inverse import reconstruct, study_of
+from mgdcr.inverse import beats, reconstruct, study_of
 from mgdcr.jobs import TERMINAL
 from mgdcr.scanner import phantom_study
 
@@ -106,3 +106,12 @@ def test_ctrl_c_saves_what_there_is(small, tmp_path):
     out, told = run.communicate(timeout=120)
     assert run.returncode == 130 and "Traceback" not in told and out.strip() == "anna: interrupted; the best so far is in anna.unfinished"
     assert os.listdir(tmp_path/"out") == ["anna.unfinished"] and nib.load(tmp_path/"out/anna.unfinished/volume.nii.gz").shape[2] > 10
+
+
+def test_a_frozen_heart_fails():
+    study = phantom_study(5, frames=6, shifts_mm=0.0)
+    result = reconstruct(study, "tv", frame="all", align="none", segmenter=None, spacing_mm=2.8)
+    assert set(result.beat) == {"lax_2ch", "lax_3ch", "lax_4ch"} and max(beat.error for beat in result.beat.values()) < 0.6
+    frames = [(study.slices(study.phase(t), result.grid), result.gains, result.offsets) for t in range(6)]
+    still = beats(np.repeat(result.volume[:1], 6, 0), result.grid, frames, result.poses)
+    assert all(np.isclose(beat.error, 1, atol=0.02) for beat in still.values()) and result.summary()["motion_error"]["lax_4ch"] == result.beat["lax_4ch"].error
