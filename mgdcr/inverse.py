@@ -21,7 +21,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 import mgdcr
-from . import alignment, clinical, diffusion, metrics, scanner, solvers, uncertainty
+from . import alignment, clinical, diffusion, metrics, peers, scanner, solvers, uncertainty
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, crossing, less_voxels, sample_volume
 from .jobs import TERMINAL, run_folder
@@ -79,6 +79,7 @@ class Problem:
     save_every: int = 0  # rounds between volumes that are kept
     callback: object = None  # called with each round's record, a dict
     prior: object = None  # `patches.PatchPrior`, for the methods that have one
+    heart: object = None  # `dataset.HeartFrame`, for the methods that turn planes
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Method:
     options: dict = field(default_factory=dict)  # name → default
 
 
-_GIVEN = {"poses", "device", "init", "callback", "save_every", "seed", "prior"}  # what comes from the problem rather than from a person
+_GIVEN = {"poses", "device", "init", "callback", "save_every", "seed", "prior", "heart"}  # what comes from the problem rather than from a person
 
 
 def method_of(
@@ -111,7 +112,13 @@ METHODS = {"nearest": method_of(solvers.nearest, uses_lax=False),
            "linear": method_of(solvers.linear, uses_lax=False),
            "cubic": method_of(solvers.cubic, uses_lax=False),
            "tv": method_of(solvers.tv, uses_lax=True),
-           "diffae": method_of(diffusion.diffae, uses_lax=True)}
+           "diffae": method_of(diffusion.diffae, uses_lax=True),
+           "latent_interpolation": method_of(peers.latent_interpolation, uses_lax=False),
+           "ddim": method_of(peers.ddim, uses_lax=True),
+           "latent_prior": method_of(peers.latent_prior, uses_lax=True),
+           "diffpir": method_of(peers.diffpir, uses_lax=True),
+           "diffusion_mbir": method_of(peers.diffusion_mbir, uses_lax=True),
+           "latent": method_of(peers.latent, uses_lax=True)}
 
 # %% ../nbs/24_inverse.ipynb #c013
 def held_out_views(
@@ -422,6 +429,12 @@ def _poses(study, slices, grid, align, uses_lax):
     return np.asarray(found.poses), found
 
 
+def _heart(study):
+    "How the heart lies, for methods whose prior knows it in one position only; None where that cannot be told."
+    try: return heart_frame(study)
+    except StudyError: return None
+
+
 def _held_out_scores(study, result, phase):
     "Views that nothing has looked at, at their header pose and after registration."
     for view in result.held_out:
@@ -490,7 +503,7 @@ def reconstruct(
     result = Reconstruction(study.subject, method, None, grid, None, poses, None, None, frames,
                             float(np.mean(kept.views["sax"].rr_ms))/1000/study.frames, stages=record, alignment=aligned, held_out=held_out)
     with stage("solve", record, device, callback):
-        problem = Problem(None, grid, poses, None, seed, device, save_every, prior=knows)
+        problem = Problem(None, grid, poses, None, seed, device, save_every, prior=knows, heart=_heart(kept))
         fits = _solve_frames(result, kept, chosen, problem, options, callback, spread, measured)
     if labeller and result.finished:
         with stage("label", record, device, callback): _label(kept, result, labeller)
@@ -500,6 +513,7 @@ def reconstruct(
     result.about = _about(kept, result, dict(frame=frame, align=align, hold_out=",".join(held_out), spacing_mm=spacing_mm, device=device,
                                              save_every=save_every, segmenter=segmenter and Path(segmenter).name, spread=spread, measured=measured)
                           | chosen.options | options, seed)
+    if network := result.about["parameters"].get("network"): result.about |= dict(prior=Path(network).stem, prior_sha256=sha256_of(weights_file(network)))
     if knows: result.about |= dict(prior=knows.card.get("name"), prior_sha256=sha256_of(weights_file(prior, "patches")))
     return result
 

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data-dir", "--data_dir", default="datasets", help="relative to the project's root, or absolute (default: %(default)s)")
     add("--out-dir", "--out_dir", default="results", help="where <subject>/ is written (default: %(default)s)")
     add("--frame", default="ED", help="ED, ES, a frame number, or all (default: %(default)s)")
-    add("--method", default="diffae", help="nearest, linear, cubic, tv or diffae (default: %(default)s)")
+    add("--method", default="diffae", help="nearest, linear, cubic, tv, diffae or one of its peers (default: %(default)s)")
     add("--align", default="auto", help="auto, none or given (default: %(default)s)")
     add("--hold-out", "--hold_out", default="", help="views to leave out and score, such as lax_4ch")
     add("--views", default="", help="overrule recognition: SERIES=VIEW, separated by commas")
