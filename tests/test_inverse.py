@@ -45,10 +45,14 @@ def changed(study, name, change, slice=0):
 def ghosted(image): return 0.6*image + 0.4*np.roll(image, image.shape[-2]//3, -2)
 
 
-@pytest.mark.parametrize("views", [("sax",), ("sax", "lax_4ch")])
-def test_missing_views_cost_but_do_not_break(study, whole, views):
-    fewer, linear = reconstruct(with_views(study, *views), **QUICK), reconstruct(study, "linear", segmenter=None)
-    assert np.isfinite(fewer.volume).all() and psnr(fewer) > psnr(linear) + 1 and psnr(fewer) < psnr(whole) + 0.3
+def test_one_long_axis_view_costs_but_does_not_break(study, whole):
+    fewer, linear = reconstruct(with_views(study, "sax", "lax_4ch"), **QUICK), reconstruct(study, "linear", segmenter=None)
+    assert np.isfinite(fewer.volume).all() and psnr(linear) + 1 < psnr(fewer) < psnr(whole) + 0.3
+
+
+def test_the_stack_alone_is_enough_where_nobody_breathed():
+    still = study_of("phantom-113", shifts_mm=0.0)[0]  # with shifts, nothing but long-axis views could tell where slices lie
+    assert psnr(reconstruct(with_views(still, "sax"), **QUICK)) > psnr(reconstruct(still, "linear", segmenter=None)) + 2
 
 
 def test_three_slices_are_enough_to_go_on(study):
