@@ -104,10 +104,14 @@ def test_ctrl_c_saves_what_there_is(small, tmp_path):
                "rounds=100000", "--align", "none", "--segmenter", ""]
     (tmp_path/"progress").touch()
     run = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are deaf to it
                            env=os.environ | {TERMINAL: str(tmp_path/"progress"), "OMP_NUM_THREADS": "1"})
-    while "round 3" not in (tmp_path/"progress").read_text() and run.poll() is None: time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGINT)
-    out, told = run.communicate(timeout=120)
+    try:
+        while "round 3" not in (tmp_path/"progress").read_text() and run.poll() is None: time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)
+        out, told = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 130 and "Traceback" not in told and out.strip() == "anna: interrupted; the best so far is in anna.unfinished"
     assert os.listdir(tmp_path/"out") == ["anna.unfinished"] and nib.load(tmp_path/"out/anna.unfinished/volume.nii.gz").shape[2] > 10
 
