@@ -28,6 +28,7 @@ from .jobs import TERMINAL, run_folder
 from .patches import load_patches
 from .dataset import heart_frame, simulated_heart
 from .diffae import sha256_of, weights_file
+from .familiarity import familiarity
 from .scanner import phantom_study
 from .surfaces import save_surface, surfaces_of
 from .segmentation import doubts, load_segmenter, segment_study, segment_volume
@@ -286,6 +287,7 @@ class Reconstruction:
     beat: dict = field(default_factory=dict)  # view → `Beat`, of a whole beat
     doubted: list = field(default_factory=list)  # sentences: slices that were left out, since they contradict the others
     finished: bool = True  # False: interrupted, and the best so far
+    fit: object = None  # `familiarity.Familiarity` of the first frame, for the methods that have a prior: does it know the like of this study?
     labels: np.ndarray | None = None  # as volume, uint8: 1 RV cavity, 2 LV myocardium, 3 LV cavity
     slice_labels: dict = field(default_factory=dict)  # view → (S, T, H, W) uint8 on the acquired slices
     surfaces: dict = field(default_factory=dict)  # name → surfaces.Surface, at the first frame
@@ -410,7 +412,7 @@ def versions() -> dict:
 def summary(self: Reconstruction) -> dict:
     "What summary.json holds."
     return dict(subject=self.subject, method=self.method, prior=None, prior_sha256=None) | self.about | dict(
-        finished=self.finished, network_evaluations=self.evaluations, frames=self.frames, stages=self.stages,
+        finished=self.finished, fit_to_prior=self.fit and self.fit.summary(), network_evaluations=self.evaluations, frames=self.frames, stages=self.stages,
         motion_error={view: beat.error for view, beat in self.beat.items()}, doubted=self.doubted, beyond=self.beyond, scores=self.scores, clinical_indices=self.clinical or None, label_doubts=self.doubts, versions=versions(), git_commit=git_commit())
 
 
@@ -432,6 +434,12 @@ def _poses(study, slices, grid, align, uses_lax):
 def _heart(study):
     "How the heart lies, for methods whose prior knows it in one position only; None where that cannot be told."
     try: return heart_frame(study)
+    except StudyError: return None
+
+
+def _fit(study, frame, device):
+    "Does the prior know the like of this study? None where short-axis slices cannot be laid as it knows them."
+    try: return familiarity(study, frame, device)
     except StudyError: return None
 
 
@@ -502,6 +510,8 @@ def reconstruct(
         poses, aligned = _poses(kept, slices, grid, align, chosen.uses_lax)
     result = Reconstruction(study.subject, method, None, grid, None, poses, None, None, frames,
                             float(np.mean(kept.views["sax"].rr_ms))/1000/study.frames, stages=record, alignment=aligned, held_out=held_out)
+    if knows:
+        with stage("fit to the prior", record, device, callback): result.fit = _fit(kept, frames[0], device)
     with stage("solve", record, device, callback):
         problem = Problem(None, grid, poses, None, seed, device, save_every, prior=knows, heart=_heart(kept))
         fits = _solve_frames(result, kept, chosen, problem, options, callback, spread, measured)

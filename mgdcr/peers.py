@@ -225,7 +225,8 @@ def falling(first: int, last: int, rounds: int) -> list:
     return np.linspace(first, last, rounds).round().astype(int).tolist()
 
 # %% ../nbs/22_peers.ipynb #c020
-def descend(    bench: Bench,
+def descend(
+    bench: Bench,
     levels,  # timesteps, falling
     agree,   # (x̂_0, x before, t) → x, all (nk, 1, H, W): a step on the data
     zeta: float,  # share of the noise that is drawn anew: 0 is DDIM's, at 1 nothing is left of the last

@@ -66,6 +66,7 @@ def run_one(
         result = reconstruct(study, args.method, _number_or_word(args.frame), args.seed, args.device, progress, args.align, args.hold_out,
                              args.spacing_mm, args.save_every, args.prior, args.segmenter or None, args.spread, args.measured, **method_options(args.option))
     result.save(Path(args.out_dir)/subject, result_figures(study, result))
+    if result.fit and result.fit.strange: print(f"{subject}: {result.fit.sentence}", file=sys.stderr)
     return result.finished
 
 

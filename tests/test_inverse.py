@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mgdcr.dicom import StudyError
+from mgdcr.familiarity import inverted, shown
 from mgdcr.inverse import beats, reconstruct, study_of
 from mgdcr.jobs import TERMINAL
 from mgdcr.scanner import phantom_study
@@ -123,3 +124,15 @@ def test_a_frozen_heart_fails():
     frames = [(study.slices(study.phase(t), result.grid), result.gains, result.offsets) for t in range(6)]
     still = beats(np.repeat(result.volume[:1], 6, 0), result.grid, frames, result.poses)
     assert all(np.isclose(beat.error, 1, atol=0.02) for beat in still.values()) and result.summary()["motion_error"]["lax_4ch"] == result.beat["lax_4ch"].error
+
+
+def test_a_study_that_the_prior_does_not_know_is_said_to_be_one(small, tmp_path):
+    coarse = dict(align="none", spacing_mm=4.0, frame="ES")
+    usual, strange = (reconstruct(s, **coarse, **QUICK) for s in (small, shown(small, inverted)))
+    assert not usual.summary()["fit_to_prior"]["strange"] and strange.fit.strange and 'method="tv"' in strange.fit.sentence
+    assert [row["slice"] for row in strange.summary()["fit_to_prior"]["slices"]] == list(range(6))
+    assert reconstruct(small, "tv", **coarse, segmenter=None, rounds=2).summary()["fit_to_prior"] is None
+    replace(shown(small, inverted), subject="anna").save(tmp_path/"data/anna")
+    command = [sys.executable, "-m", "mgdcr.reconstruct", "--here", "anna", "--data-dir", tmp_path/"data", "--out-dir", tmp_path/"out", "--align", "none", "--spacing-mm", 4, "--segmenter", ""]
+    said = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    assert "anna: The study does not look like what the prior learned from: 6 of 6" in said
