@@ -9,6 +9,7 @@ __all__ = ['PRIOR_MM', 'REACH_MM', 'HEART_MM', 'CORRELATION', 'CLOSE', 'DOUBT', 
 # %% ../nbs/22_diffusion.ipynb #c002
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,9 +71,11 @@ CORRELATION = 0.6  # voxels: width of the Gaussian whose products the prior's er
 
 def smear(
     u: torch.Tensor,  # (nk, nj, ni)
+    width: float = CORRELATION,
 ) -> torch.Tensor:
     "G u: white noise of variance 1 becomes noise of variance 1 that is correlated between neighbours. G is its own transpose."
-    taps = discrete_gaussian([CORRELATION])[0]
+    if not width: return u
+    taps = discrete_gaussian([width])[0]
     taps = (taps/np.sqrt((taps**2).sum()))[len(taps)//2:]
     for axis, n in enumerate(u.shape):
         smeared = float(taps[0])*u
@@ -90,12 +93,14 @@ def data_step(
     tau,                   # standard deviation of its error, a share of the intensity range: a number, or one a voxel
     steps: int = 12,       # of conjugate gradients
     start=None,            # (nk, nj, ni) a U to go on from
+    width: float = CORRELATION,  # of `smear`
 ) -> tuple:  # (nk, nj, ni) the volume, and its U
     "argmin J."
     tau = torch.as_tensor(tau, dtype=target.dtype)
-    normal = lambda u: smear(tau*data.op.A_adjoint(data.weight*data.g**2*data.op.A(tau*smear(u)))) + u
+    G = partial(smear, width=width)
+    normal = lambda u: G(tau*data.op.A_adjoint(data.weight*data.g**2*data.op.A(tau*G(u)))) + u
     u = torch.zeros_like(target) if start is None else start
-    r = -smear(tau*data.gradient(data.op.A(target + tau*smear(u)))) - u
+    r = -G(tau*data.gradient(data.op.A(target + tau*G(u)))) - u
     p, rr = r.clone(), (r*r).sum()
     for _ in range(steps):
         if rr == 0: break
@@ -104,7 +109,7 @@ def data_step(
         u, r = u + step*p, r - step*q
         rr, old = (r*r).sum(), rr
         p = r + rr/old*p
-    return target + tau*smear(u), u
+    return target + tau*G(u), u
 
 # %% ../nbs/22_diffusion.ipynb #c005d
 CLOSE = 1.3  # times its noise: how well each slice is to be reproduced near the heart
