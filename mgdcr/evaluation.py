@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'FOUR', 'COMPARED', 'NO_TEXTURE', 'TABLE', 'PEERS', 'SCORES', 'SIX', 'THREE', 'SEEDS_WAY', 'SEEDS_EPOCHS',
-           'PREDICTING', 'SHOWN', 'against_truth', 'without_texture', 'compare_with_truth', 'read_table', 'paired',
-           'holm', 'truth_table', 'parts', 'compare_parts', 'beat_against_truth', 'compare_beats', 'cost',
+           'PREDICTING', 'SHOWN', 'against_truth', 'without_texture', 'compare_with_truth', 'kept', 'not_yet', 'all_of',
+           'paired', 'holm', 'truth_table', 'parts', 'compare_parts', 'beat_against_truth', 'compare_beats', 'cost',
            'compare_costs', 'compare_held_out', 'write_overview']
 
 # %% ../nbs/27_evaluation.ipynb #c002
-import csv
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 
 import numpy as np
 import torch
 from scipy import ndimage, stats
 
 from . import alignment, diffusion, metrics, scanner
-from .inverse import METHODS, aligned, from_root, reconstruct, study_of, truth_on, write_table
+from .batch import each, in_own_process, read_table, write_table
+from .dicom import StudyError
+from .inverse import METHODS, aligned, from_root, reconstruct, study_of, truth_on
 from .patches import load_patches
 from .study import Study
 
@@ -78,6 +77,7 @@ def compare_with_truth(
     rows=TABLE,
     record: str | None = None,  # a CSV file to write after every study, and to go on from, relative to the project's root
     shifts_mm=(0.0, 2.0),
+    workers: int = 1, scheduler: str = "", progress=None,  # as in `batch.each`
     **options,  # for `against_truth`
 ) -> list:  # rows of `against_truth`
     """Methods against the truth of made-up patients. The table of record (three minutes a study and condition, on one core; unet3d once it is trained):
@@ -86,35 +86,27 @@ def compare_with_truth(
     python -c "from mgdcr.evaluation import *; compare_with_truth(FOUR, PEERS, 'results/record/truth.csv')"
     python -c "from mgdcr.evaluation import *; compare_with_truth(rows=['unet3d'], record='results/record/truth.csv')"
     """
-    path, made = record and from_root(record), []
-    if path and path.exists(): made = read_table(path)
-    for subject in subjects:
-        for shift in shifts_mm:
-            done = {row["method"] for row in made if row["subject"] == subject and float(row["shifts_mm"]) == shift}
-            if missing := [name for name in rows if name not in done]: made += against_truth(subject, shift, missing, **options)
-            if path and missing: write_table(path, made)
-    return made
+    there = {(row["subject"], float(row["shifts_mm"]), row["method"]) for row in kept(record)}
+    missing = {(subject, float(shift)): tuple(name for name in rows if (subject, float(shift), name) not in there) for subject in subjects for shift in shifts_mm}
+    return all_of(partial(against_truth, **options), [(*case, names) for case, names in missing.items() if names], record, workers, scheduler, progress)
 
 
-def _kept(subjects, record, make):
-    "Rows of subjects, written after each; those that a record has are not made again."
-    path = record and from_root(record)
-    made = read_table(path) if path and path.exists() else []
-    for subject in subjects:
-        if any(row["subject"] == subject for row in made): continue
-        made += make(subject)
-        if path: write_table(path, made)
-    return made
+def kept(record: str | None) -> list:
+    "The rows of a record, none where there is no file yet."
+    return read_table(from_root(record)) if record else []
 
 
-def read_table(path) -> list:  # dicts
-    "What `write_table` wrote: numbers as numbers, columns that a row does not have left out."
-    def number(text):
-        for kind in (int, float):
-            try: return kind(text)
-            except ValueError: pass
-        return text
-    with open(path, newline="") as file: return [{k: number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+def not_yet(subjects, record: str | None) -> list:  # cases
+    "Subjects that a record knows nothing of."
+    there = {row["subject"] for row in kept(record)}
+    return [(subject,) for subject in subjects if subject not in there]
+
+
+def all_of(work, cases, record=None, workers=1, scheduler="", progress=None) -> list:
+    "`batch.each`, or `StudyError` that names what failed once the rest is done."
+    rows, failed = each(work, cases, record and from_root(record), workers, scheduler, progress=progress)
+    if failed: raise StudyError(f"{len(failed)} of {len(cases)} failed, the others are kept: " + "; ".join(f"{case[0]}: {why}" for case, why in failed.items()))
+    return rows
 
 # %% ../nbs/27_evaluation.ipynb #c007
 def paired(
@@ -209,13 +201,14 @@ def _like(volume, other, grid, labels):
 def compare_parts(
     subjects=SIX,
     record: str | None = None,  # a CSV file to write after every study, and to go on from, relative to the project's root
+    workers: int = 1,
     **options,  # for `parts`
 ) -> list:  # rows of `parts`
     """`parts` of several. The table of record (five minutes a study, on one core):
 
     python -c "from mgdcr.evaluation import *; compare_parts(record='results/record/parts.csv')"
     """
-    return _kept(subjects, record, lambda subject: parts(subject, **options))
+    return all_of(partial(parts, **options), not_yet(subjects, record), record, workers)
 
 # %% ../nbs/27_evaluation.ipynb #c013f
 THREE = "phantom-200", "heart-11", "heart-12"
@@ -248,13 +241,14 @@ def beat_against_truth(
 def compare_beats(
     subjects=THREE,
     record: str | None = None,  # a CSV file to write after every study, and to go on from, relative to the project's root
+    workers: int = 1,
     **options,  # for `beat_against_truth`
 ) -> list:  # its rows
     """`beat_against_truth` of several. The table of record (four minutes a study, on one core):
 
     python -c "from mgdcr.evaluation import *; compare_beats(record='results/record/beats.csv')"
     """
-    return _kept(subjects, record, lambda subject: beat_against_truth(subject, **options))
+    return all_of(partial(beat_against_truth, **options), not_yet(subjects, record), record, workers)
 
 # %% ../nbs/27_evaluation.ipynb #c013b
 def cost(
@@ -262,7 +256,7 @@ def cost(
     **options,  # for `reconstruct`
 ) -> list:  # a dict a stage: method, stage, seconds, peak_memory_mb; of the whole: also evaluations, network_flop, psnr
     "What one reconstruction costs, in a process of its own."
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_cost, subject, method, options).result()
+    return in_own_process(_cost, subject, method, options)
 
 
 def _cost(subject, method, options):

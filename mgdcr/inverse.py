@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['PHANTOM_FRAMES', 'METHODS', 'CLOSE', 'FAR_MM', 'FAR_DEG', 'UNFINISHED', 'from_root', 'named', 'load_subject',
            'study_of', 'Problem', 'Method', 'method_of', 'held_out_views', 'view_choices', 'options_among', 'frames_of',
-           'pick_device', 'stage', 'slice_residuals', 'beyond', 'Reconstruction', 'save_volume', 'write_table',
-           'pose_rows', 'git_commit', 'versions', 'summary', 'aligned', 'truth_on', 'reconstruct', 'Beat', 'beats',
-           'Progress']
+           'pick_device', 'stage', 'slice_residuals', 'beyond', 'Reconstruction', 'save_volume', 'pose_rows',
+           'git_commit', 'versions', 'summary', 'aligned', 'truth_on', 'reconstruct', 'Beat', 'beats', 'Progress']
 
 # %% ../nbs/24_inverse.ipynb #c003
-import csv, inspect, json, os, platform, re, resource, subprocess, sys, time
+import inspect, json, os, platform, re, resource, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -22,6 +21,7 @@ from scipy.ndimage import map_coordinates
 
 import mgdcr
 from . import alignment, clinical, diffusion, metrics, peers, solvers, uncertainty
+from .batch import write_table
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, crossing, less_voxels, sample_volume
 from .jobs import TERMINAL, run_folder
@@ -353,16 +353,6 @@ def save_volume(
     image.header.set_xyzt_units("mm", "sec")
     if volume.ndim == 4: image.header["pixdim"][4] = seconds
     nib.save(image, path)
-
-
-def write_table(path, rows: list):
-    "Rows of dicts as CSV, the columns in order of appearance; numbers to six digits."
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    digits = lambda v: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({name: digits(value) for name, value in row.items()} for row in rows)
 
 
 def pose_rows(slices: Slices, poses: np.ndarray) -> list:

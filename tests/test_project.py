@@ -63,7 +63,7 @@ def test_constraints_pin_every_requirement_within_its_range():
     pins = {r.name.lower(): r for r in map(Requirement, lines((ROOT / "constraints.txt").read_text()))}
     assert all(re.fullmatch(r"==[0-9a-z.]+", str(pin.specifier)) and not pin.url for pin in pins.values())
     assert str(pins["torch"].specifier) == "==2.13.0"
-    for key in ("requirements", "dev_requirements", "dicom_requirements"):
+    for key in ("requirements", "cluster_requirements", "dev_requirements", "dicom_requirements"):
         for wanted in map(Requirement, lines(SETTINGS[key])):
             pin = pins[wanted.name.lower()]
             assert wanted.specifier.contains(str(pin.specifier).removeprefix("==")), f"{pin} is outside {wanted}"
@@ -147,6 +147,7 @@ def test_imports_are_declared(path):
     declared = names(lines(SETTINGS["requirements"]))
     # these come with papermill and jupyterlab by their very nature: their notebooks' format, and their configuration
     declared |= {"nbformat", "nbclient", "pyyaml", "click", "ipython"}
+    if path.stem == "batch": declared |= names(lines(SETTINGS["cluster_requirements"]))  # imported where it is asked for
     for name in set(imported(path)) - set(sys.stdlib_module_names) - {"mgdcr"}:
         assert name not in NBDEV and name != "torchvision", f"{path.name} imports {name}"
         assert {d.lower() for d in packages.get(name, [name])} & declared, f"{path.name} imports {name}, undeclared"
