@@ -39,7 +39,7 @@ setup(
     packages=[cfg["lib_name"]],
     package_data={cfg["lib_name"]: ["splits.json", "weights/*"]},
     install_requires=requirements("requirements"),
-    extras_require={extra: requirements(f"{extra}_requirements") for extra in ("cluster", "dev", "dicom")},
+    extras_require={extra: requirements(f"{extra}_requirements") for extra in ("cluster", "dev", "dicom", "docs")},
     # papermill imports this before it reads its arguments, which lets `papermill nbs/reconstruct.ipynb -p subject X`
     # do without an output path (see nbs/25_jobs.ipynb)
     entry_points={"papermill.engine": ["mgdcr = mgdcr.jobs:Engine"]},

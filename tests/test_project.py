@@ -63,7 +63,7 @@ def test_constraints_pin_every_requirement_within_its_range():
     pins = {r.name.lower(): r for r in map(Requirement, lines((ROOT / "constraints.txt").read_text()))}
     assert all(re.fullmatch(r"==[0-9a-z.]+", str(pin.specifier)) and not pin.url for pin in pins.values())
     assert str(pins["torch"].specifier) == "==2.13.0"
-    for key in ("requirements", "cluster_requirements", "dev_requirements", "dicom_requirements"):
+    for key in ("requirements", "cluster_requirements", "dev_requirements", "dicom_requirements", "docs_requirements"):
         for wanted in map(Requirement, lines(SETTINGS[key])):
             pin = pins[wanted.name.lower()]
             assert wanted.specifier.contains(str(pin.specifier).removeprefix("==")), f"{pin} is outside {wanted}"
