@@ -3,13 +3,15 @@
 #   make test    environment, installation, every library notebook executed as a test, pytest
 # and one is for those who change notebooks:
 #   make notebooks    run the library notebooks again and keep their outputs
+# and one for those who read:
+#   make docs    README, all notebooks and the results as one book, _book/html/index.html
 # Another interpreter: make demo PYTHON=python3.12. Another place for the environment: VENV=somewhere.
 
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test notebooks
+.PHONY: demo test notebooks docs
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -31,6 +33,11 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
+# Nothing is executed: the book shows the outputs that were committed. A link that leads nowhere is an error.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -M html . _book -c docs -W --keep-going -q
+	@echo "Done. Open _book/html/index.html; no network is needed."
+
 # The stamps say that the environment is there; a change of what is installed makes them stale.
 PACKAGING = settings.ini setup.py pyproject.toml constraints.txt
 
@@ -44,4 +51,8 @@ $(VENV)/.installed: $(VENV)/.created $(PACKAGING)
 
 $(VENV)/.installed-dev: $(VENV)/.created $(PACKAGING)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/.created $(PACKAGING)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@ $(VENV)/.installed
