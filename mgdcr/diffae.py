@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from .ddim import Schedule, eps_from, invert, sample, x_start_from
 from .dicom import StudyError
+from .study import project_root
 from .unet import NETWORKS, UNet, UNetConfig, autocast, channels_last, config_of, fill, one_channel
 
 # %% ../nbs/14_diffae.ipynb #c005
@@ -233,7 +234,7 @@ def weights_file(
 ) -> Path:
     "Where weights lie; what ships must be what its card describes."
     path = Path(str(name)).expanduser()
-    if path.suffix in (".safetensors", ".ckpt"): return path
+    if path.suffix in (".safetensors", ".ckpt"): return path if path.exists() else project_root()/path
     if str(name) not in shipped(kind):
         raise StudyError(f"There is no {kind} {str(name)!r}: give one of {', '.join(shipped(kind)) or 'none (none is shipped)'}, or a .ckpt or .safetensors file.")
     path = weights_folder()/f"{name}.safetensors"

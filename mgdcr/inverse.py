@@ -20,7 +20,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 import mgdcr
-from . import alignment, clinical, diffusion, metrics, peers, solvers, uncertainty
+from . import alignment, clinical, diffusion, metrics, peers, solvers, uncertainty, unet3d
 from .batch import write_table
 from .dicom import StudyError
 from .geometry import Grid, Slices, SliceOperator, apply_poses, crossing, less_voxels, sample_volume
@@ -125,6 +125,7 @@ METHODS = {"nearest": method_of(solvers.nearest, uses_lax=False),
            "cubic": method_of(solvers.cubic, uses_lax=False),
            "tv": method_of(solvers.tv, uses_lax=True),
            "diffae": method_of(diffusion.diffae, uses_lax=True),
+           "unet3d": method_of(unet3d.unet3d, uses_lax=True),
            "latent_interpolation": method_of(peers.latent_interpolation, uses_lax=False),
            "ddim": method_of(peers.ddim, uses_lax=True),
            "latent_prior": method_of(peers.latent_prior, uses_lax=True),
