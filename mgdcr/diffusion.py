@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIOR_MM', 'REACH_MM', 'HEART_MM', 'CORRELATION', 'CLOSE', 'DOUBT', 'from_axis', 'expected', 'brought_to', 'smear',
-           'data_step', 'misfit', 'after_tv', 'near_axis', 'trusted', 'Posterior', 'diffae']
+           'data_step', 'misfit', 'after_tv', 'near_axis', 'trusted', 'Posterior', 'of_prior', 'at_prior_mm', 'diffae']
 
 # %% ../nbs/22_diffusion.ipynb #c002
 import time
@@ -189,6 +189,26 @@ class Posterior:
     def grid(self) -> Grid: return self.data.op.grid
 
 
+def of_prior(grid: Grid) -> bool: return bool(np.abs(grid.spacing - PRIOR_MM).max() <= 0.01)
+
+
+def at_prior_mm(
+    solve,  # (grid of 1.4 mm, init on it) → Solution
+    slices: Slices,
+    grid: Grid,  # of other voxels
+    poses, device: str, init,
+) -> Solution:
+    "A solution on a grid of 1.4 mm, brought to another; `tv`'s, farther than 90 mm from the axis."
+    size = np.ceil(np.array(grid.shape)*grid.spacing[::-1]/PRIOR_MM)
+    own = Grid.centred(grid.centre, grid.axes, (size[0], *np.minimum(size[1:], 128)), PRIOR_MM)
+    found = solve(own, None if init is None else brought_to(init, grid, own))
+    at = own.voxels(grid.points())/(np.array(own.shape[::-1]) - 1)
+    held = np.all((at[..., :2] >= 0) & (at[..., :2] <= 1), -1)
+    outside = 0 if held.all() else tv(slices, grid, poses, device, init).volume
+    here = lambda volume: np.where(held, brought_to(volume, own, grid), outside)
+    return replace(found, volume=here(found.volume), stages=[(n, here(volume)) for n, volume in found.stages])
+
+
 def diffae(
     slices: Slices,
     grid: Grid,
@@ -202,15 +222,8 @@ def diffae(
     callback=None, **_,
 ) -> Solution:
     "What the prior expects, brought to agree with every slice; interrupted, the best so far."
-    if np.abs(grid.spacing - PRIOR_MM).max() > 0.01:
-        size = np.ceil(np.array(grid.shape)*grid.spacing[::-1]/PRIOR_MM)
-        own = Grid.centred(grid.centre, grid.axes, (size[0], *np.minimum(size[1:], 128)), PRIOR_MM)
-        found = diffae(slices, own, poses, device, None if init is None else brought_to(init, grid, own), prior, trust, raises, save_every, callback)
-        at = own.voxels(grid.points())/(np.array(own.shape[::-1]) - 1)
-        held = np.all((at[..., :2] >= 0) & (at[..., :2] <= 1), -1)
-        outside = 0 if held.all() else tv(slices, grid, poses, device, init).volume
-        here = lambda volume: np.where(held, brought_to(volume, own, grid), outside)
-        return replace(found, volume=here(found.volume), stages=[(n, here(volume)) for n, volume in found.stages])
+    if not of_prior(grid):
+        return at_prior_mm(lambda own, init: diffae(slices, own, poses, device, init, prior, trust, raises, save_every, callback), slices, grid, poses, device, init)
     slices, found = trusted(slices, grid, poses, device, init, save_every, callback)
     if not found.finished: return found
     try:

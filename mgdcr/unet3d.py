@@ -19,7 +19,7 @@ from torch import nn
 from .dataset import intensity_of, side_of
 from .dicom import StudyError
 from .diffae import read_weights, weights_file, write_weights
-from .diffusion import PRIOR_MM, REACH_MM, brought_to, from_axis
+from .diffusion import PRIOR_MM, REACH_MM, at_prior_mm, from_axis, of_prior
 from .geometry import Grid, Slices
 from .patches import BRIGHT, LEFT, decoded, left_over, load_volumes, measured
 from .solvers import DataTerm, Solution, tv
@@ -227,15 +227,8 @@ def unet3d(
 ) -> Solution:
     "`tv`, and what a 3D U-Net adds to it: what a network alone gives, which need not reproduce the slices."
     prior = network if isinstance(network, VolumePrior) else load_unet3d(network, device)
-    if np.abs(grid.spacing - PRIOR_MM).max() > 0.01:
-        size = np.ceil(np.array(grid.shape)*grid.spacing[::-1]/PRIOR_MM)
-        own = Grid.centred(grid.centre, grid.axes, (size[0], *np.minimum(size[1:], 128)), PRIOR_MM)
-        found = unet3d(slices, own, poses, device, None if init is None else brought_to(init, grid, own), callback, save_every, prior)
-        at = own.voxels(grid.points())/(np.array(own.shape[::-1]) - 1)
-        held = np.all((at[..., :2] >= 0) & (at[..., :2] <= 1), -1)
-        outside = 0 if held.all() else tv(slices, grid, poses, device, init).volume
-        here = lambda volume: np.where(held, brought_to(volume, own, grid), outside)
-        return replace(found, volume=here(found.volume), stages=[(n, here(volume)) for n, volume in found.stages])
+    if not of_prior(grid):
+        return at_prior_mm(lambda own, init: unet3d(slices, own, poses, device, init, callback, save_every, prior), slices, grid, poses, device, init)
     found = tv(slices, grid, poses, device, init, callback=callback, save_every=save_every)
     if not found.finished: return found
     start, data = time.perf_counter() - found.losses[-1]["seconds"], DataTerm(slices, grid, poses, device)
