@@ -21,7 +21,7 @@ from .solvers import DataTerm, tv
 # %% ../nbs/22_uncertainty.ipynb #c005
 POSE_SD = 0.2, 0.3  # mm and degrees that alignment leaves, along and about each axis
 FACTOR = 1.8  # error of a voxel over the standard deviation of runs; fitted on tuning hearts
-INDEX_ERROR = dict(edv_ml=0.01, esv_ml=0.027, ef=0.95, mass_g=0.06, rv_edv_ml=0.042, rv_esv_ml=0.039, rv_ef=2.2)  # likewise, for `index_interval`
+INDEX_ERROR = dict(edv_ml=0.0098, esv_ml=0.036, ef=1.18, mass_g=0.052, rv_edv_ml=0.036, rv_esv_ml=0.036, rv_ef=1.9)  # likewise, for `index_interval`
 
 
 def perturbed(
