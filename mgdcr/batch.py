@@ -6,7 +6,7 @@
 __all__ = ['write_table', 'read_table', 'in_own_process', 'each']
 
 # %% ../nbs/26_batch.ipynb #b002
-import csv, io, os
+import csv, io
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -79,9 +79,9 @@ def each(
         if progress: progress(dict(stage=f"{case[0]} {'failed' if case in failed else 'done'}"))
     if scheduler: _on_cluster(work, cases, scheduler, retries, done)
     else:
-        pool = ThreadPoolExecutor(workers)
+        pool, threads = ThreadPoolExecutor(workers), max(1, torch.get_num_threads() // workers)  # OMP_NUM_THREADS is heeded
         try:
-            futures = {pool.submit(_tried, work, case, retries, max(1, (os.cpu_count() or 1)//workers)): case for case in cases}
+            futures = {pool.submit(_tried, work, case, retries, threads): case for case in cases}
             for future in as_completed(futures): done(futures[future], future.result)
         finally: pool.shutdown(cancel_futures=True)
     return rows, failed

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURED', 'CHANNELS', 'AROUND', 'PAD', 'CENTRE', 'FINE', 'WIDE', 'BRIGHT', 'LEFT', 'VOXELS', 'Volumes', 'coded',
            'decoded', 'measured', 'left_over', 'varied_protocol', 'simulated_volumes', 'bytes_of_left', 'save_volumes',
-           'load_volumes', 'volume_jobs', 'neighbourhood', 'Context', 'wide_of', 'context', 'PatchNet', 'PatchStream',
-           'PatchRecipe', 'PatchPrior', 'PatchValidation', 'save_patches', 'load_patches']
+           'load_volumes', 'volume_jobs', 'neighbourhood', 'Context', 'wide_of', 'context', 'PatchNet',
+           'simulated_hearts', 'gains', 'PatchStream', 'PatchRecipe', 'PatchPrior', 'PatchValidation', 'save_patches',
+           'load_patches']
 
 # %% ../nbs/21_patches.ipynb #c002
 from dataclasses import dataclass, replace
@@ -244,18 +245,37 @@ class PatchNet(nn.Module):
         return more, log_error.clamp(-4, 3) - 2
 
 
+def simulated_hearts(
+    data: str,  # folders, separated by commas, from the project's root or absolute
+    split: str | None,  # a side; None: all
+):  # yields (subject, Volumes)
+    "The hearts of a side, in order, or `StudyError` where there is none."
+    none = True
+    for folder in (project_root()/Path(p.strip()).expanduser() for p in data.split(",") if p.strip()):
+        for path in sorted(folder.glob("*.npz")):
+            if split not in (None, side_of(path.stem)): continue
+            none = False
+            yield path.stem, load_volumes(path)
+    if none: raise StudyError(f"{data!r} holds no volumes of the side {split!r}: make some by prepare_labelled(folder, volume_jobs(), save=save_volumes).")
+
+
+def gains(
+    found,  # of (subject, mean square of what the classical volume lacks, and of what is still wrong)
+) -> list:  # dicts: what (phantom or heart), psnr and gain in dB
+    "How much nearer to the truth an answer is, by kind of heart."
+    rows = {}
+    for subject, before, after in found: rows.setdefault(subject.split("-")[0], []).append((10*np.log10(4/after), 10*np.log10(before/after)))
+    return [dict(what=what, psnr=float(np.mean([a for a, _ in of])), gain=float(np.mean([b for _, b in of]))) for what, of in rows.items()]
+
+
 class PatchStream(torch.utils.data.Dataset):
     "Voxels with what surrounds them, in bundles of one heart, without end."
 
     def __init__(self, recipe, split: str | None = "train"):
         self.recipe, self.hearts, self.subjects = recipe, [], []
-        for folder in (project_root()/Path(p.strip()).expanduser() for p in recipe.data.split(",") if p.strip()):
-            for path in sorted(folder.glob("*.npz")):
-                if split not in (None, side_of(path.stem)): continue
-                heart = load_volumes(path)
-                self.hearts += [(_of_bytes(heart, t), heart.classical[t], heart.truth[t], np.argwhere(heart.near[t])) for t in range(len(heart.classical))]
-                self.subjects += [path.stem]*len(heart.classical)
-        if not self.hearts: raise StudyError(f"{recipe.data!r} holds no volumes of the side {split!r}: make some by prepare_labelled(folder, volume_jobs(), save=save_volumes).")
+        for subject, heart in simulated_hearts(recipe.data, split):
+            self.hearts += [(_of_bytes(heart, t), heart.classical[t], heart.truth[t], np.argwhere(heart.near[t])) for t in range(len(heart.classical))]
+            self.subjects += [subject]*len(heart.classical)
 
     @property
     def about(self) -> dict: return dict(subjects=len(set(self.subjects)), slab_mm=0, acquired=False, pixel_mm=1.4)
@@ -371,15 +391,14 @@ class PatchValidation:
         except StudyError: pass
 
     def __call__(self, prior: PatchPrior) -> list:
-        "Rows with what (phantom or heart), psnr and gain in dB."
-        rows = {}
-        for number, name in enumerate(self.stream.subjects if self.stream else []):
+        "`gains`."
+        found = []
+        for number, subject in enumerate(self.stream.subjects if self.stream else []):
             where = self.stream.voxels(number, np.random.default_rng(number), self.voxels, far=0)
             more, _ = prior(self.stream.hearts[number][0], where)
             y = self.stream.sample(number, where)[1]
-            before, after = float(y.square().mean()), float((more - y).square().mean())
-            rows.setdefault(name.split("-")[0], []).append((10*np.log10(4/after), 10*np.log10(before/after)))
-        return [dict(what=what, psnr=float(np.mean([a for a, _ in found])), gain=float(np.mean([b for _, b in found]))) for what, found in rows.items()]
+            found.append((subject, float(y.square().mean()), float((more - y).square().mean())))
+        return gains(found)
 
 
 def save_patches(prior: PatchPrior, path) -> dict:  # the card, with size and SHA-256

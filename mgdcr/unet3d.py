@@ -9,21 +9,19 @@ __all__ = ['CROP', 'WEIGHTS', 'channels', 'CropStream', 'volume_network', 'Volum
 # %% ../nbs/22_unet3d.ipynb #c002
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dataset import intensity_of, side_of
+from .dataset import intensity_of
 from .dicom import StudyError
 from .diffae import read_weights, weights_file, write_weights
 from .diffusion import PRIOR_MM, REACH_MM, at_prior_mm, from_axis, of_prior
 from .geometry import Grid, Slices
-from .patches import BRIGHT, LEFT, decoded, left_over, load_volumes, measured
+from .patches import BRIGHT, LEFT, decoded, gains, left_over, measured, simulated_hearts
 from .solvers import DataTerm, Solution, tv
-from .study import project_root
 from .training import Training
 from .unet import autocast, fill
 
@@ -45,13 +43,9 @@ class CropStream(torch.utils.data.Dataset):
 
     def __init__(self, recipe, split: str | None = "train"):
         self.recipe, self.hearts, self.subjects = recipe, [], []
-        for folder in (project_root()/Path(p.strip()).expanduser() for p in recipe.data.split(",") if p.strip()):
-            for path in sorted(folder.glob("*.npz")):
-                if split not in (None, side_of(path.stem)): continue
-                heart = load_volumes(path)
-                self.hearts += [(heart.classical[t], heart.truth[t], heart.near[t], heart.left[t], *heart.seen) for t in range(len(heart.classical))]
-                self.subjects += [path.stem]*len(heart.classical)
-        if not self.hearts: raise StudyError(f"{recipe.data!r} holds no volumes of the side {split!r}: make some by prepare_labelled(folder, volume_jobs(), save=save_volumes).")
+        for subject, heart in simulated_hearts(recipe.data, split):
+            self.hearts += [(heart.classical[t], heart.truth[t], heart.near[t], heart.left[t], *heart.seen) for t in range(len(heart.classical))]
+            self.subjects += [subject]*len(heart.classical)
         self.near = [np.argwhere(heart[2]).astype(np.int16) for heart in self.hearts]
 
     @property
@@ -165,14 +159,13 @@ class VolumeValidation:
         except StudyError: pass
 
     def __call__(self, prior: VolumePrior) -> list:
-        "Rows with what (phantom or heart), psnr and gain in dB."
-        rows = {}
-        for number, name in enumerate(self.stream.subjects if self.stream else []):
+        "`patches.gains`."
+        found = []
+        for number, subject in enumerate(self.stream.subjects if self.stream else []):
             item = self.stream.sample(number)
             near, y = item["near"][0] > 0, item["y"][0]
-            before, after = float(y[near].square().mean()), float((prior(item["x"]) - y)[near].square().mean())
-            rows.setdefault(name.split("-")[0], []).append((10*np.log10(4/after), 10*np.log10(before/after)))
-        return [dict(what=what, psnr=float(np.mean([a for a, _ in found])), gain=float(np.mean([b for _, b in found]))) for what, found in rows.items()]
+            found.append((subject, float(y[near].square().mean()), float((prior(item["x"]) - y)[near].square().mean())))
+        return gains(found)
 
 # %% ../nbs/22_unet3d.ipynb #c016
 def save_unet3d(prior: VolumePrior, path) -> dict:  # the card, with size and SHA-256
