@@ -6,7 +6,7 @@
 __all__ = ['REPORTED', 'PEERS_ON', 'COMPARED', 'NO_TEXTURE', 'TABLE', 'PEERS', 'SCORES', 'PARTS_ON', 'BEATS_ON', 'LONG_WAY',
            'LONG_EPOCHS', 'PREDICTING', 'SHOWN', 'against_truth', 'without_texture', 'compare_with_truth', 'kept',
            'not_yet', 'all_of', 'paired', 'holm', 'truth_table', 'parts', 'compare_parts', 'beat_against_truth',
-           'compare_beats', 'cost', 'compare_costs', 'compare_held_out', 'write_overview']
+           'compare_beats', 'cost', 'Flops', 'compare_costs', 'compare_held_out', 'write_overview']
 
 # %% ../nbs/27_evaluation.ipynb #c002
 from dataclasses import replace
@@ -15,6 +15,8 @@ from functools import cache, partial
 import numpy as np
 import torch
 from scipy import ndimage, stats
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from . import alignment, diffusion, metrics, scanner
 from .batch import each, in_own_process, read_table, write_table
@@ -260,12 +262,21 @@ def cost(
 
 
 def _cost(subject, method, options):
-    from torch.utils.flop_counter import FlopCounterMode
     study, _ = study_of(subject)
-    with FlopCounterMode(display=False) as counter: run = reconstruct(study, method, segmenter=None, **options)
+    with Flops() as counter: run = reconstruct(study, method, segmenter=None, **options)
     rows = [dict(method=method) | row for row in run.stages if row["stage"] != "score"]
     whole = dict(stage="all", seconds=round(sum(row["seconds"] for row in rows), 1), peak_memory_mb=max(row["peak_memory_mb"] for row in rows))
-    return rows + [dict(method=method, **whole, evaluations=run.evaluations, network_flop=float(counter.get_total_flops()), psnr=round(run.scores["truth"]["psnr"], 2))]
+    return rows + [dict(method=method, **whole, evaluations=run.evaluations, network_flop=float(counter.total), psnr=round(run.scores["truth"]["psnr"], 2))]
+
+
+class Flops(TorchDispatchMode):
+    "Counts floating-point operations of matrix products and convolutions, gradients included (`FlopCounterMode` also follows modules, and so keeps what checkpointing frees)."
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found, count = operation(*args, **(kwargs or {})), flop_registry.get(operation._overloadpacket)
+        if count: self.total += count(*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 LONG_WAY = dict(thin=1, steps=30, lax=1.0, patience=1000)  # options of `latent`
