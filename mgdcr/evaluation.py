@@ -117,7 +117,7 @@ def paired(
     score: str = "psnr",
 ) -> dict:  # n, mean, low, high, p, smallest
     "By how much a method is better than another on the same subjects."
-    of = lambda name: {(row["subject"], row["shifts_mm"]): row[score] for row in rows if row["method"] == name}
+    of = lambda name: {(row["subject"], row.get("shifts_mm"), row.get("setting")): row[score] for row in rows if row["method"] == name}
     one, two = of(method), of(other)
     both = sorted(set(one) & set(two))
     off = np.array([one[key] - two[key] for key in both])
