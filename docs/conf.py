@@ -14,7 +14,7 @@ CHAPTERS = {
     "The priors": ["nbs/1[2-6]_*", "nbs/21_*"],
     "Labels": ["nbs/1[7-9]_*", "nbs/20_*"],
     "The reconstruction": ["nbs/2[2-4]_*"],
-    "Evaluation": ["nbs/2[78]_*"],
+    "Evaluation": ["nbs/2[7-9]_*", "nbs/evaluate", "nbs/ablation"],
     "Jobs and training": ["nbs/2[56]_*", "nbs/train_*"],
     "Results": ["results/README", "results/record/*/*"],
 }
@@ -28,7 +28,9 @@ def pages(chapter: str) -> list[str]:
 
 def entry(page: str) -> str:
     "A line of the sidebar: the page's own title, or another where that would not tell it from its siblings'."
-    title = "Overview" if page == "nbs/index" else page.split("/")[2] if "/record/" in page else None
+    *_, folder, name = page.split("/")
+    title = "Overview" if page == "nbs/index" else None
+    if "/record/" in page: title = folder if name == "reconstruct" else f"{folder}, {name}"
     return f"{title} <{page}>" if title else page
 
 

@@ -196,7 +196,7 @@ def compare(
     record: str | None = None,  # a CSV file to write after every case, and to go on from, relative to the project's root
     workers: int = 1, scheduler: str = "", progress=None,  # as in `batch.each`
     **options,  # for `score`
-) -> list:  # its rows
+) -> list:  # its rows, of what was asked for
     "Subjects × settings, a process each; what a record has already is not done again."
     if protocol not in PROTOCOLS: raise StudyError(f"There is no protocol {protocol!r}: give one of {', '.join(PROTOCOLS)}.")
     if unknown := [name for name in methods if name not in METHODS]: raise StudyError(f"There is no method {unknown[0]!r}: give some of {', '.join(METHODS)}.")
@@ -205,7 +205,9 @@ def compare(
     cases = [(subject, protocol, setting, missing) for subject in subjects for setting in settings
              if (missing := tuple(name for name in methods if (subject, protocol, setting, name) not in there))]
     rows = all_of(partial(score, **options), cases, record, workers, scheduler, progress)
-    return [row | dict(setting=row.get("setting", "")) for row in rows]
+    wanted = {(subject, protocol, setting, method) for subject in subjects for setting in settings for method in methods}
+    rows = [row | dict(setting=row.get("setting", "")) for row in rows]
+    return [row for row in rows if (row["subject"], row["protocol"], row["setting"], row["method"]) in wanted]
 
 # %% ../nbs/29_protocols.ipynb #p022
 def wide(rows: list) -> list:  # dicts: subject, setting, method, and a column a metric
@@ -230,11 +232,11 @@ def table(
     "Means over subjects, ready to be printed."
     columns = [name for name in columns if any(row["metric"] == name for row in rows)]
     cells = {(name, row["setting"], row["method"]): row for name in columns for row in means(rows, name)}
-    lines, width = [], max([len(f"{row['setting']} {row['method']}") for row in rows] + [12]) + 2
+    lines, width, each = [], max(len(f"{row['setting']} {row['method']}") for row in rows) + 2, {name: max(len(name), 7) + 2 for name in columns}
     for setting, method in dict.fromkeys((row["setting"], row["method"]) for row in rows):
         of = [cells.get((name, setting, method)) for name in columns]
-        lines.append(f"{f'{setting} {method}'.strip():{width}}" + "".join(f"{cell['mean']:>14.3f}" if cell else " "*14 for cell in of) + f"{max(cell['n'] for cell in of if cell):>5}")
-    return "\n".join([" "*width + "".join(f"{name:>14}" for name in columns) + f"{'n':>5}", *lines])
+        lines.append(f"{f'{setting} {method}'.strip():{width}}" + "".join(f"{cell['mean']:>{each[name]}.3f}" if cell else " "*each[name] for name, cell in zip(columns, of)) + f"{max(cell['n'] for cell in of if cell):>5}")
+    return "\n".join([" "*width + "".join(f"{name:>{each[name]}}" for name in columns) + f"{'n':>5}", *lines])
 
 
 def gain(
