@@ -69,7 +69,7 @@ def only_lax(study: Study, names: str) -> Study:
     "With these long-axis views: \"all\", \"none\", \"4ch\", \"2ch+4ch\"."
     if names == "all": return study
     wanted = set() if names == "none" else {f"lax_{name}" for name in names.split("+")}
-    if unknown := wanted - set(study.views): raise StudyError(f"{study.subject} has no {', '.join(sorted(unknown))}: lax={names} cannot be.")
+    if unknown := wanted - set(study.views): raise StudyError(f"{study.subject} has no {', '.join(sorted(unknown))}: lax:{names} cannot be.")
     return replace(study, views={name: view for name, view in study.views.items() if name == "sax" or name in wanted})
 
 
@@ -103,28 +103,28 @@ Setting = namedtuple("Setting", "scan befalls run")  # name → value each
 
 
 def read_setting(
-    text: str,  # "", "shifts_mm=4", "lax=4ch,align=none"
+    text: str,  # "", "shifts_mm:4", "lax:4ch,align:none"
 ) -> Setting:
     "What is to be changed, by whom."
     def value(word):
         try: return float(word) if re.search(r"[.e]", word) else int(word)
         except ValueError: return word
-    found, known = Setting({}, {}, {}), {option for method in METHODS.values() for option in method.options} | {"align", "prior", "frame"}
+    found, known = Setting({}, {}, {}), {option for method in METHODS.values() for option in method.options} | {"align", "prior", "frame", "spacing_mm"}
     for part in filter(None, text.replace(" ", "").split(",")):
-        name, equals, word = part.partition("=")
+        name, colon, word = part.partition(":")
         where = found.scan if name in SCANNED else found.befalls if name in BEFALLS else found.run if name in known else None
-        if where is None or not equals: raise StudyError(f"The setting {part!r} says nothing that is known: give name=value, a name among {', '.join(sorted(BEFALLS))}, align, prior, "
+        if where is None or not colon: raise StudyError(f"The setting {part!r} says nothing that is known: give name:value, a name among {', '.join(sorted(BEFALLS))}, align, prior, spacing_mm, "
                                                          "a method's options, or the scanner's: shifts_mm, snr, sax_spacing_mm …")
         where[name] = value(word)
     return found
 
 
 def grid_of(
-    text: str,  # "lax=all|4ch|none; align=auto|none"
+    text: str,  # "lax: all|4ch|none; align: auto|none"
 ) -> list:  # of settings
     "Every combination of the values of some factors."
-    factors = [part.partition("=") for part in filter(None, text.replace(" ", "").split(";"))]
-    return [",".join(f"{name}={word}" for (name, _, _), word in zip(factors, words)) for words in product(*(words.split("|") for _, _, words in factors))]
+    factors = [part.partition(":") for part in filter(None, text.replace(" ", "").split(";"))]
+    return [",".join(f"{name}:{word}" for (name, _, _), word in zip(factors, words)) for words in product(*(words.split("|") for _, _, words in factors))]
 
 # %% ../nbs/29_protocols.ipynb #p014
 def truth(study: Study, method: str, **run) -> dict:  # metric → value
@@ -177,7 +177,7 @@ def score(
     for name, value in change.befalls.items(): study = BEFALLS[name](study, value)
     run = dict(spacing_mm=spacing_mm, segmenter=None) | change.run | options
     if run.get("align") == "true":
-        if not study.reference_poses: raise StudyError(f"Of {subject!r} no true poses are known: align=true is for made-up hearts.")
+        if not study.reference_poses: raise StudyError(f"Of {subject!r} no true poses are known: align:true is for made-up hearts.")
         slices, run["align"] = study.slices("ED", study.grid(spacing_mm)), "given"
         poses = alignment.true_poses(study, slices)
         study.given_poses = {view: np.stack([p for p, v in zip(poses, slices.views) if v == view]) for view in dict.fromkeys(slices.views)}
