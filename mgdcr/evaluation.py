@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORTED', 'PEERS_ON', 'COMPARED', 'NO_TEXTURE', 'TABLE', 'PEERS', 'SCORES', 'PARTS_ON', 'BEATS_ON', 'LONG_WAY',
-           'LONG_EPOCHS', 'PREDICTING', 'SHOWN', 'against_truth', 'without_texture', 'compare_with_truth', 'kept',
-           'not_yet', 'all_of', 'paired', 'holm', 'truth_table', 'parts', 'compare_parts', 'beat_against_truth',
+           'LONG_EPOCHS', 'PREDICTING', 'SHOWN', 'against_truth', 'without_texture', 'by_view', 'compare_with_truth',
+           'kept', 'not_yet', 'all_of', 'paired', 'holm', 'truth_table', 'parts', 'compare_parts', 'beat_against_truth',
            'compare_beats', 'cost', 'Flops', 'compare_costs', 'compare_held_out', 'write_overview']
 
 # %% ../nbs/27_evaluation.ipynb #c002
@@ -49,7 +49,7 @@ def against_truth(
     study, heart = study_of(subject, shifts_mm)
     grid, made = study.grid(spacing_mm), []
     slices = study.slices("ED", grid)
-    lying = cache(lambda where: _named(alignment.true_poses(study, slices) if where == "true" else aligned(slices, grid).poses, slices))
+    lying = cache(lambda where: by_view(alignment.true_poses(study, slices) if where == "true" else aligned(slices, grid).poses, slices))
     for name in rows:
         row = dict(subject=subject, shifts_mm=shifts_mm, method=name)
         if name == NO_TEXTURE: score = metrics.score_volume(without_texture(heart, grid), *truth_on(study, grid), grid)
@@ -69,7 +69,7 @@ def without_texture(heart, grid) -> np.ndarray:  # (nk, nj, ni) SAX units
     return scanner.GAIN*scanner.truth(heart, grid, replace(scanner.PROTOCOLS["yardstick-1"].look, texture=0.0)).numpy()
 
 
-def _named(poses, slices):
+def by_view(poses, slices) -> dict:
     "Poses as a study's poses.csv has them."
     return {view: np.stack([p for p, v in zip(poses, slices.views) if v == view]) for view in dict.fromkeys(slices.views)}
 
@@ -117,7 +117,7 @@ def paired(
     score: str = "psnr",
 ) -> dict:  # n, mean, low, high, p, smallest
     "By how much a method is better than another on the same subjects."
-    of = lambda name: {(row["subject"], row.get("shifts_mm"), row.get("setting")): row[score] for row in rows if row["method"] == name}
+    of = lambda name: {(row["subject"], row.get("shifts_mm")): row[score] for row in rows if row["method"] == name}
     one, two = of(method), of(other)
     both = sorted(set(one) & set(two))
     off = np.array([one[key] - two[key] for key in both])

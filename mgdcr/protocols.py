@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARRAY_MM', 'TO_APEX', 'SCANNED', 'BEFALLS', 'ROBUSTNESS', 'Setting', 'PROTOCOLS', 'array_study', 'subject_study',
-           'only_lax', 'wrong_lax', 'lax_gamma', 'lost_slices', 'read_setting', 'grid_of', 'truth', 'slice_drop',
-           'held_out', 'score', 'compare', 'wide', 'means', 'table', 'gain', 'figure', 'bland_altman']
+           'only_lax', 'wrong_lax', 'lax_gamma', 'without_slices', 'lost_slices', 'read_setting', 'grid_of', 'truth',
+           'slice_drop', 'held_out', 'score', 'compare', 'wide', 'means', 'table', 'gain', 'figure', 'bland_altman']
 
 # %% ../nbs/29_protocols.ipynb #p002
 import re
 from collections import namedtuple
 from dataclasses import fields, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import numpy as np
 from . import alignment, metrics
 from .dataset import array_cut, intensity_of, lateral_by_geometry, places_by_labels, read_arrays
 from .dicom import StudyError
-from .evaluation import all_of, kept, paired
+from .evaluation import all_of, by_view, kept, paired
 from .geometry import SliceOperator
-from .inverse import METHODS, from_root, load_subject, reconstruct, study_of, truth_on
+from .inverse import METHODS, from_root, load_subject, reconstruct, study_of
 from .scanner import Protocol
 from .study import Study, View
 
@@ -89,15 +89,22 @@ def lax_gamma(study: Study, power: float) -> Study:
     return replace(study, views={name: view if name == "sax" else replace(view, images=bent(view.images).astype(np.float32)) for name, view in study.views.items()})
 
 
+def without_slices(study: Study, out) -> Study:
+    "Without these numbers of the short-axis stack, and without what is known of where they lie."
+    kept = [s for s in range(len(study.sax.images)) if s not in out]
+    fewer = lambda poses: poses and poses | dict(sax=np.asarray(poses["sax"])[kept])
+    return replace(study, views=study.views | dict(sax=study.sax.without(out)), reference_poses=fewer(study.reference_poses), given_poses=fewer(study.given_poses))
+
+
 def lost_slices(study: Study, count: int) -> Study:
     "Without so many short-axis slices in the middle of the stack, one after another."
     first = (len(study.sax.images) - int(count))//2
-    return replace(study, views=study.views | dict(sax=study.sax.without(range(first, first + int(count)))))
+    return without_slices(study, range(first, first + int(count)))
 
 
 BEFALLS = dict(lax=only_lax, wrong_lax=wrong_lax, lax_gamma=lax_gamma, lost_slices=lost_slices)
 ROBUSTNESS = dict(sax_spacing_mm=(10, 14, 18), lost_slices=(0, 1, 2), shifts_mm=(0, 2, 4), tilts_deg=(0, 2, 4), snr=(30, 15, 8), lax=("all", "4ch", "none"),
-                  wrong_lax=("none", "4ch", "2ch+3ch+4ch"), lax_gamma=(1, 0.7, 1.4), condition=("healthy", "hypertrophic", "dilated"))  # factor → three levels, of the record
+                  wrong_lax=("none", "4ch", "2ch+3ch+4ch"), lax_gamma=(1, 0.7, 1.4), condition=("healthy", "hypertrophic", "dilated"))  # factor → three levels
 
 Setting = namedtuple("Setting", "scan befalls run")  # name → value each
 
@@ -139,7 +146,7 @@ def slice_drop(study: Study, method: str, frame="both", **run) -> dict:  # metri
     "Every second short-axis slice left out and predicted, at end-diastole and end-systole where the study has both."
     out = range(1, len(study.sax.images) - 1, 2)
     if not out: raise StudyError(f"{study.subject!r} has {len(study.sax.images)} short-axis slices: to leave some out between others takes three.")
-    less, found = replace(study, views=study.views | dict(sax=study.sax.without(out)), reference=None), []
+    less, found = replace(without_slices(study, out), reference=None, es_frame=study.find_es() if study.frames > 1 else None), []  # the same moment for both
     for moment in ["ED"] + ["ES"]*(study.frames > 1) if frame == "both" else [frame]:
         result = reconstruct(less, method, moment, **run)
         slices = study.slices(moment, result.grid)
@@ -178,9 +185,8 @@ def score(
     run = dict(spacing_mm=spacing_mm, segmenter=None) | change.run | options
     if run.get("align") == "true":
         if not study.reference_poses: raise StudyError(f"Of {subject!r} no true poses are known: align:true is for made-up hearts.")
-        slices, run["align"] = study.slices("ED", study.grid(spacing_mm)), "given"
-        poses = alignment.true_poses(study, slices)
-        study.given_poses = {view: np.stack([p for p, v in zip(poses, slices.views) if v == view]) for view in dict.fromkeys(slices.views)}
+        slices, run["align"] = study.slices("ED", study.grid(run["spacing_mm"])), "given"
+        study.given_poses = by_view(alignment.true_poses(study, slices), slices)
     rows, everybody = [], ("align", "frame", "prior", "spacing_mm", "segmenter")
     for method in methods:
         told = {name: value for name, value in run.items() if name in everybody or name in METHODS[method].options}

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mgdcr.alignment import true_poses
 from mgdcr.batch import read_table
 from mgdcr.dicom import StudyError
+from mgdcr.inverse import METHODS, Method
 from mgdcr.protocols import BEFALLS, PROTOCOLS, ROBUSTNESS, compare, only_lax, read_setting, score, subject_study, wrong_lax
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,24 @@ def test_settings_change_what_they_say():
     wrong = wrong_lax(study, "4ch")
     assert np.array_equal(wrong.views["lax_4ch"].affines, study.views["lax_4ch"].affines) and not np.allclose(wrong.views["lax_4ch"].images, study.views["lax_4ch"].images)
     assert np.array_equal(wrong.views["lax_2ch"].images, study.views["lax_2ch"].images)
+
+
+def test_slices_that_are_lost_take_their_places_with_them(monkeypatch):
+    study = subject_study("phantom-8")
+    less = BEFALLS["lost_slices"](study, 2)
+    for n, affine in enumerate(less.sax.affines):
+        was = next(m for m, other in enumerate(study.sax.affines) if np.array_equal(other, affine))
+        assert np.array_equal(less.reference_poses["sax"][n], study.reference_poses["sax"][was])
+    seen = []
+    def spy(problem):
+        seen.append((problem.slices.planes.affines, problem.poses))
+        return METHODS["nearest"].solve(problem)
+    monkeypatch.setitem(METHODS, "spy", Method(spy, uses_lax=False))
+    score("phantom-8", "slice_drop", "spacing_mm:4,lost_slices:2,align:true", ["spy"])
+    (affines, poses), known = seen[0], true_poses(study, every := study.slices("ED"))
+    for affine, pose in zip(affines, poses):
+        was = np.argmin([np.abs(a[:3, 2] - affine[:3, 2]).sum() + abs((a[:3, 3] - affine[:3, 3]) @ a[:3, 2]) for a in every.planes.affines])
+        np.testing.assert_allclose(pose[:3], known[was][:3], atol=0.8)  # of one slice, whose crop and so whose middle is another
 
 
 def test_every_level_of_the_robustness_study_can_be_read():
