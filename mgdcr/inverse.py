@@ -29,6 +29,7 @@ from .patches import load_patches
 from .dataset import heart_frame, simulated_heart
 from .diffae import sha256_of, weights_file
 from .familiarity import familiarity
+from .heart import digital_heart
 from .scanner import phantom_study
 from .surfaces import save_surface, surfaces_of
 from .segmentation import doubts, load_segmenter, segment_study, segment_volume
@@ -71,10 +72,13 @@ def load_subject(
 def study_of(
     subject: str,  # "phantom-200", "heart-11", "heart-11-v0001"
     shifts_mm: float | None = None,  # s.d. of the breath-hold shift along each axis; the protocol's where not given
+    condition: str | None = None,    # of a made-up heart, one of `population.CONDITIONS`; its own where not given
     **options,  # for `phantom_study`
 ) -> tuple:  # Study, and the heart that it shows
     "A made-up heart or a published anatomy as `yardstick-1` would see it."
-    heart, numbers = simulated_heart(subject), [int(n) for n in re.findall(r"\d+", subject)]
+    numbers = [int(n) for n in re.findall(r"\d+", subject)]
+    if condition and not subject.startswith("phantom-"): raise StudyError(f"{subject!r} is the heart of a person: a condition such as {condition!r} can be chosen for phantom-<number> only.")
+    heart = digital_heart(numbers[0], condition) if condition else simulated_heart(subject)
     seed = numbers[0] if subject.startswith("phantom") else 5000 + 100*numbers[0] + sum(numbers[1:])
     return phantom_study(seed, heart=heart, shifts_mm=shifts_mm, **options), heart
 

@@ -103,8 +103,8 @@ def lost_slices(study: Study, count: int) -> Study:
 
 
 BEFALLS = dict(lax=only_lax, wrong_lax=wrong_lax, lax_gamma=lax_gamma, lost_slices=lost_slices)
-ROBUSTNESS = dict(sax_spacing_mm=(10, 14, 18), lost_slices=(0, 1, 2), shifts_mm=(0, 2, 4), tilts_deg=(0, 2, 4), snr=(30, 15, 8), lax=("all", "4ch", "none"),
-                  wrong_lax=("none", "4ch", "2ch+3ch+4ch"), lax_gamma=(1, 0.7, 1.4), condition=("healthy", "hypertrophic", "dilated"))  # factor → three levels
+ROBUSTNESS = ("/ sax_spacing_mm: 14|18 / lost_slices: 1|2 / shifts_mm: 0|4 / tilts_deg: 2|4 / snr: 15|8 / lax: 4ch|none / wrong_lax: 4ch|2ch+3ch+4ch / lax_gamma: 0.7|1.4"
+              " / condition: healthy|hypertrophic|dilated")  # `grid_of` it: nothing changed, which is a level of all but the last, and every other level
 
 Setting = namedtuple("Setting", "scan befalls run")  # name → value each
 
@@ -127,11 +127,13 @@ def read_setting(
 
 
 def grid_of(
-    text: str,  # "lax: all|4ch|none; align: auto|none"
+    text: str,  # "lax: all|4ch|none; align: auto|none", "/ snr: 15|8 / lax: none"
 ) -> list:  # of settings
-    "Every combination of the values of some factors."
-    factors = [part.partition(":") for part in filter(None, text.replace(" ", "").split(";"))]
-    return [",".join(f"{name}:{word}" for (name, _, _), word in zip(factors, words)) for words in product(*(words.split("|") for _, _, words in factors))]
+    "Every combination of the values of some factors; of several grids with / between them, one after another."
+    def combinations(grid):
+        factors = [part.partition(":") for part in filter(None, grid.split(";"))]
+        return [",".join(f"{name}:{word}" for (name, _, _), word in zip(factors, words)) for words in product(*(words.split("|") for _, _, words in factors))]
+    return list(dict.fromkeys(setting for grid in text.replace(" ", "").split("/") for setting in combinations(grid)))
 
 # %% ../nbs/29_protocols.ipynb #p014
 def truth(study: Study, method: str, **run) -> dict:  # metric → value

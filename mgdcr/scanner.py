@@ -433,6 +433,7 @@ def phantom_study(
     names = "protocol", "plan", "breath", "beat", "noise"
     streams = {name: np.random.default_rng([seed, 10 + n]) for n, name in enumerate(names)}
     protocol = replace(draw_protocol(protocol, streams["protocol"]), **changes)
+    if heart is not None and condition: raise StudyError(f"The heart to image is given, and so is a condition, {condition!r}: give one of them.")
     heart = heart or digital_heart(seed, condition)
     given = lambda value, usual: usual if value is None else value
     spread = [given(shifts_mm, protocol.shifts_mm)] * 3 + [given(tilts_deg, protocol.tilts_deg)] * 3

@@ -8,6 +8,7 @@ import pytest
 
 from mgdcr.diffae import load_prior, sha256_of, weights_file
 from mgdcr.familiarity import PRIOR, REFERENCE_SEEDS, STRANGE, TIMES, familiarity, reference_file, shown, thick_walled
+from mgdcr.heart import digital_heart
 from mgdcr.inverse import study_of
 from mgdcr.label_heart import shared_map
 from mgdcr.scanner import phantom_study
@@ -49,8 +50,8 @@ def test_a_strange_study_is_called_strange_and_tv_is_recommended(kind, study, pr
 
 def test_thick_walls_are_familiar(prior):
     "The prior learned from hypertrophic hearts, and reads walls twice as thick as well as theirs: the error says nothing of thickness."
-    for heart in (None, thick_walled(153)):
-        assert not familiarity(phantom_study(153, heart=heart, condition="hypertrophic", reference=False), prior=prior).strange
+    for heart in (digital_heart(153, "hypertrophic"), thick_walled(153)):
+        assert not familiarity(phantom_study(153, heart=heart, reference=False), prior=prior).strange
 
 
 def test_systole_and_a_film_are_familiar_too(prior):

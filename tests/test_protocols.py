@@ -9,7 +9,7 @@ from mgdcr.alignment import true_poses
 from mgdcr.batch import read_table
 from mgdcr.dicom import StudyError
 from mgdcr.inverse import METHODS, Method
-from mgdcr.protocols import BEFALLS, PROTOCOLS, ROBUSTNESS, compare, only_lax, read_setting, score, subject_study, wrong_lax
+from mgdcr.protocols import BEFALLS, PROTOCOLS, ROBUSTNESS, compare, grid_of, only_lax, read_setting, score, subject_study, wrong_lax
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent/"shared/data/acdc"
@@ -64,19 +64,17 @@ def test_slices_that_are_lost_take_their_places_with_them(monkeypatch):
 
 def test_every_level_of_the_robustness_study_can_be_read():
     study = subject_study("phantom-8")
-    for name, levels in ROBUSTNESS.items():
-        assert len(levels) == 3
-        for level in levels:
-            setting = read_setting(f"{name}:{level}")
-            assert name in setting.scan or name in setting.befalls
-            if name in BEFALLS: BEFALLS[name](study, level)
+    for setting in grid_of(ROBUSTNESS):
+        scan, befalls, run = read_setting(setting)
+        assert len(scan) + len(befalls) == bool(setting) and not run
+        for name, level in befalls.items(): BEFALLS[name](study, level)
 
 
 @pytest.mark.parametrize("ask, sentence", [
     (lambda: compare(["phantom-8"], ["lineer"]), "no method 'lineer'"), (lambda: compare(["phantom-8"], protocol="tooth"), "no protocol 'tooth'"),
     (lambda: compare(["phantom-8"], settings=["snr=8"]), "says nothing that is known"), (lambda: compare(["phantom-8"], settings=["snrr:8"]), "says nothing that is known"),
     (lambda: score("patient-12", setting="snr:8"), "was scanned already"), (lambda: score("acdc-7"), "three digits"), (lambda: score("acdc-001", data_dir="nowhere"), "is missing"),
-    (lambda: score("phantom-8", setting="lax:5ch"), "has no lax_5ch"), (lambda: score("phantom-8", "held_out", "lax:none,spacing_mm:4"), "no long-axis view")])
+    (lambda: score("phantom-8", setting="lax:5ch"), "has no lax_5ch"), (lambda: score("heart-11", setting="condition:dilated"), "heart of a person"), (lambda: score("phantom-8", "held_out", "lax:none,spacing_mm:4"), "no long-axis view")])
 def test_what_cannot_be_is_refused(ask, sentence):
     with pytest.raises(StudyError, match=sentence): ask()
 
