@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The sidebar, in reading order: chapters and patterns of their pages. A notebook in none of them fails tests/test_docs.py.
 CHAPTERS = {
-    "Start": ["nbs/index", "nbs/reconstruct", "nbs/choosing"],
+    "Start": ["nbs/index", "nbs/tutorial_patient", "nbs/choosing", "nbs/reconstruct", "nbs/tutorial_cohort"],
     "The physics": ["nbs/0[0-5]_*"],
     "The digital heart and its scanner": ["nbs/0[6-9]_*", "nbs/10_*"],
     "Data": ["nbs/11_*", "nbs/prepare_data", "data_prep/README"],

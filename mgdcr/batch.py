@@ -18,9 +18,13 @@ from .dicom import StudyError
 from .diffae import write_whole
 
 # %% ../nbs/26_batch.ipynb #b004
-def write_table(path, rows: list):
-    "Rows of dicts as CSV, the columns in order of appearance; numbers to six digits. The file is replaced whole."
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+def write_table(
+    path,
+    rows: list,  # dicts
+    first: list = (),  # columns to begin with
+):
+    "Rows as CSV, the columns in order of appearance; numbers to six digits. The file is replaced whole."
+    columns = list(dict.fromkeys([*first, *(column for row in rows for column in row)]))
     digits = lambda v: f"{v:.6g}" if isinstance(v, (float, np.floating)) else v
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
@@ -30,14 +34,20 @@ def write_table(path, rows: list):
 
 
 def read_table(path) -> list:  # dicts
-    "What `write_table` wrote, nothing where there is no file: numbers as numbers, columns that a row does not have left out."
-    def number(text):
-        for kind in (int, float):
+    "What `write_table` wrote, nothing where there is no file: numbers as numbers, columns that a row does not have left out; a subject is a name, also `007`."
+    def value(column, text):
+        for kind in () if column == "subject" else (int, float):
             try: return kind(text)
             except ValueError: pass
         return text
     if not Path(path).exists(): return []
-    with open(path, newline="", encoding="utf-8") as file: return [{k: number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+    with open(path, newline="", encoding="utf-8") as file: return [{k: value(k, v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _columns(path):
+    "A table's, nothing where there is no file."
+    if not Path(path).exists(): return []
+    with open(path, newline="", encoding="utf-8") as file: return next(csv.reader(file), [])
 
 # %% ../nbs/26_batch.ipynb #b007
 def in_own_process(
@@ -69,13 +79,13 @@ def each(
     progress=None,        # called with a dictionary after each case
 ) -> tuple:  # rows, and case → why it failed
     "Rows of all cases that could be done."
-    rows, failed, cases = read_table(record) if record else [], {}, list(cases)
+    rows, columns, failed, cases = read_table(record) if record else [], _columns(record) if record else [], {}, list(cases)
     def done(case, rows_of):
         try: made = rows_of()
         except Exception as why: failed[case] = f"{type(why).__name__}: {why}" if not isinstance(why, StudyError) else str(why)
         else:
             rows.extend(made)
-            if record: write_table(record, rows)
+            if record: write_table(record, rows, columns)
         if progress: progress(dict(stage=f"{case[0]} {'failed' if case in failed else 'done'}"))
     if scheduler: _on_cluster(work, cases, scheduler, retries, done)
     else:

@@ -7,7 +7,7 @@ __all__ = ['SIDES', 'ANTERIOR_CLOCK', 'ORIENTATIONS', 'CENTRINGS', 'LV_TO_HEART_
            'WANTED', 'SOURCES', 'splits', 'side_of', 'Intensity', 'intensity_of', 'n4', 'HeartFrame',
            'lateral_by_geometry', 'line_of_crossing', 'label_points', 'heart_frame', 'upright', 'Cut', 'array_cut',
            'places_by_labels', 'SliceRecord', 'encode', 'decode', 'Preparation', 'spread', 'study_slices',
-           'folder_slices', 'folder_labels', 'array_slices', 'folder_jobs', 'read_arrays', 'array_patient',
+           'folder_slices', 'folder_labels', 'array_slices', 'folder_jobs', 'read_npz', 'read_arrays', 'array_patient',
            'array_jobs', 'paired_slices', 'sheet', 'Simulation', 'stream', 'subject_protocol', 'moments',
            'simulated_frame', 'simulated_heart', 'labels_in_plane', 'simulated_slices', 'simulated_jobs',
            'phantom_jobs', 'heart_jobs', 'SliceStore', 'partial_store', 'write_lmdb', 'SliceDataset', 'words',
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib import format as npy
 from scipy import ndimage
 
 from .dicom import StudyError
@@ -545,17 +546,33 @@ ARRAY_FILE = re.compile(r"patient(\d{3})_(ED|ES)\.npz")
 MAX_BYTES = 2**28  # of a stack, unpacked: ten real ones and more
 
 
+def read_npz(
+    path,
+    names=None,  # of the arrays wanted; all by default
+) -> dict:  # name → array
+    "Arrays of an archive, each as large as its header says; `ValueError` and others where they are not, before memory is asked for."
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
+        if sum(m.file_size for m in members.values()) > MAX_BYTES: raise ValueError("larger than any real stack")
+        for name in members if names is None else names:
+            if members[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError("packed in another way")
+            with archive.open(members[name]) as file:
+                read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+                shape, _, dtype = read_header(file)
+                if min(shape, default=0) < 0 or np.prod(shape, dtype=float)*dtype.itemsize > members[name].file_size: raise ValueError("shorter than it says")
+                file.seek(0)
+                found[name] = npy.read_array(file, allow_pickle=False)
+    return found
+
+
 def read_arrays(
     path: Path,  # patientXXX_ED.npz
 ) -> tuple:  # images (Z, H, W) uint16, labels (Z, H, W) uint8
     "One moment of one patient, checked."
     if not path.is_file(): raise StudyError(f"{path.name} is missing.")
-    try:
-        with zipfile.ZipFile(path) as archive: size = sum(m.file_size for m in archive.infolist())
-        if size <= MAX_BYTES:
-            with np.load(path, allow_pickle=False) as arrays: image, label = arrays["image"], arrays["label"]
+    try: image, label = read_npz(path, ("image", "label")).values()
     except Exception: raise StudyError(f"{path.name} cannot be read: it needs the arrays image and label.") from None
-    if size > MAX_BYTES: raise StudyError(f"{path.name} is larger than any real stack.")
     if image.ndim != 3 or image.shape != label.shape or not {image.dtype.kind, label.dtype.kind} <= set("ui"):
         raise StudyError(f"{path.name}: image and label need to be whole numbers of one shape (slices, rows, columns).")
     if not np.isin(label, (0, 1, 2, 3)).all(): raise StudyError(f"{path.name} holds other labels than 0 to 3.")
@@ -763,6 +780,13 @@ def heart_jobs(
 _OPEN = {}  # real path → (process, inode, environment): LMDB allows one environment a file in a process
 
 
+def _is_sound(folder) -> bool:
+    "Whether each page of an LMDB is what the others take it for: the library would follow a damaged one out of the file, and crash."
+    from lmdb.verify import VerifyError, verify
+    try: return not verify(str(folder), subdir=True)
+    except (VerifyError, OSError): return False
+
+
 def _environment(path):
     "The LMDB environment of a folder, opened once in each process."
     import lmdb
@@ -772,6 +796,7 @@ def _environment(path):
     if known and known[:2] == (os.getpid(), file.stat().st_ino): return known[2]
     if known: _OPEN.pop(file)[2].close()  # inherited from a parent, or of a file that has been replaced
     broken = StudyError(f"The data set {file.parent.name!r} is damaged or no LMDB: copy it again, or make it anew.")
+    if not (known and known[1] == file.stat().st_ino) and not _is_sound(file.parent): raise broken  # a parent has looked already
     try: env = lmdb.open(str(file.parent), readonly=True, create=False, lock=False, readahead=False, meminit=False)
     except (lmdb.Error, OSError): raise broken from None
     if (env.info()["last_pgno"] + 1)*env.stat()["psize"] > file.stat().st_size:
@@ -875,9 +900,10 @@ class _Writer:
     def __init__(self, folder):
         import lmdb
         self.full = lmdb.MapFullError
+        broken = StudyError(f"{folder.name} holds a damaged data set: delete it and run again.")
+        if (folder/"data.mdb").exists() and not _is_sound(folder): raise broken
         try: self.env = lmdb.open(str(folder), map_size=2**28)
-        except lmdb.Error:
-            raise StudyError(f"{folder.name} holds a damaged data set: delete it and run again.") from None
+        except lmdb.Error: raise broken from None
 
     def get(self, key):
         with self.env.begin() as read: return read.get(key.encode())

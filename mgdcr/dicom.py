@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'VENDORS', 'SEQUENCE_TERMS', 'TAGS', 'MAX_PIXELS', 'StudyErr
            'source_facts', 'plane_affine', 'acquired_pixel', 'Frame', 'cardiac_times', 'read_dicom']
 
 # %% ../nbs/01_dicom.ipynb #c003
-import re, warnings
+import io, mmap, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,19 +159,39 @@ MAX_PIXELS = 2**28  # a study, ten times a large one: a header that declares mor
 def _header(path):
     "The header of one file; None where it is no DICOM image; `StudyError` where it is a broken one."
     import pydicom
+    from pydicom.dataset import Dataset
     from pydicom.errors import InvalidDicomError
     named = path.suffix.lower() in (".dcm", ".ima")
     try:
-        with warnings.catch_warnings(action="ignore"):  # odd values are usual in archives and judged below
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=named)
+        with warnings.catch_warnings(action="ignore"), _mapped(path) as file:  # odd values are usual in archives and judged below
+            packed = _is_deflated(file, named)
+            ds = Dataset() if packed else pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=named)
+            for _ in ds.iterall(): pass  # turns each value into numbers or text, here where one that is neither is caught
     except InvalidDicomError: return None
     except Exception: raise _truncated(path) from None
+    if packed:
+        raise StudyError(f"The DICOM file {path.name} is deflated as a whole, so that nobody knows how large it is: write it "
+                         "again without, or take it out of the folder.")
     meta = getattr(ds, "file_meta", {})
     kind = str(ds.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID", "") or "")
     if not kind and named: raise _truncated(path)
     mr = kind in ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")
     if mr and not ("Rows" in ds and "Columns" in ds): raise _truncated(path)
     return ds if mr else None
+
+
+def _mapped(path):
+    "A file that gives no more bytes than it has, and asks for no more memory, whatever lengths it declares."
+    with open(path, "rb") as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else io.BytesIO()
+
+
+def _is_deflated(file, named):
+    "Whether a file says that all of it is deflated: pydicom would unpack it in one piece, a thousand times larger perhaps."
+    from pydicom.filereader import read_dataset, read_preamble
+    read_preamble(file, force=named)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    file.seek(0)
+    return meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99"
 
 
 def _truncated(path):
@@ -183,21 +203,28 @@ class _Groups:
     "Look a value up in one frame's functional groups of an enhanced file, then in the shared ones, then at the top."
     def __init__(self, ds, index):
         shared, each = ds.get("SharedFunctionalGroupsSequence"), ds.get("PerFrameFunctionalGroupsSequence")
-        self.places = [g for g in (each and index < len(each) and each[index], shared and shared[0]) if g]
+        self.places = [*_items(each)[index:index + 1], *_items(shared)[:1]]
         self.ds = ds
 
     def get(self, sequence, key, default=None):
         for place in self.places:
-            items = place.get(sequence)
+            items = _items(place.get(sequence))
             if items and items[0].get(key) is not None: return items[0].get(key)
         return self.ds.get(key, default)
 
 
+def _items(value):
+    "The datasets of a sequence; none where a file holds something else in its place."
+    from pydicom.sequence import Sequence
+    return list(value) if isinstance(value, Sequence) else []
+
+
 def _frames(ds, path):
     "Every image of one file as a `Frame`."
-    count = int(_number(ds.get("NumberOfFrames")) or 1)
-    if not 0 < ds.Rows*ds.Columns*count <= MAX_PIXELS or count > 100_000:
-        raise StudyError(f"{path.name} declares {count} frames of {ds.Rows}×{ds.Columns} pixels, "
+    count, rows, columns = (int(_number(ds.get(key)) or 0) for key in ("NumberOfFrames", "Rows", "Columns"))
+    count = count or 1
+    if min(count, rows, columns) < 1 or rows*columns*count > MAX_PIXELS or count > 100_000:
+        raise StudyError(f"{path.name} declares {count} frames of {rows}×{columns} pixels, "
                          "which no cine study has: take it out of the folder.")
     return [_frame(ds, path, index) for index in range(count)]
 
@@ -234,7 +261,7 @@ def _plane(groups, spacing):
     "Position, orientation and pixel spacing as tuples of float; None where any is missing."
     position = groups.get("PlanePositionSequence", "ImagePositionPatient")
     orientation = groups.get("PlaneOrientationSequence", "ImageOrientationPatient")
-    values = [tuple(_number(v) for v in (x or ())) for x in (position, orientation, spacing)]
+    values = [tuple(_number(v) for v in _values(x)) for x in (position, orientation, spacing)]
     return values if [len(v) for v in values] == [3, 6, 2] and None not in sum(values, ()) else None
 
 
@@ -242,7 +269,7 @@ def _not_an_image(ds, groups, place):
     "Why a frame is no picture of the heart: a phase map, a colour picture, no place in space."
     types = _values(groups.get("MRImageFrameTypeSequence", "FrameType", ds.get("ImageType")))
     if any(t in ("P", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP") for t in types[2:]): return "a velocity map"
-    if int(ds.get("SamplesPerPixel", 1) or 1) != 1: return "a colour picture"
+    if _number(ds.get("SamplesPerPixel") or 1) != 1: return "a colour picture"
     return "" if place else "no position in space"
 
 # %% ../nbs/01_dicom.ipynb #c026
@@ -335,12 +362,12 @@ def _decode_file(path):
     import pydicom
     ds = None
     try:
-        with warnings.catch_warnings(action="ignore"):
-            ds = pydicom.dcmread(path, force=True)
+        with warnings.catch_warnings(action="ignore"), _mapped(path) as file:
+            ds = pydicom.dcmread(file, force=True)
             return ds.pixel_array
     except Exception:
         syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None)
-        if syntax is None or not syntax.is_compressed: raise _truncated(path) from None
+        if syntax is None or not syntax.is_transfer_syntax or not syntax.is_compressed: raise _truncated(path) from None
         raise StudyError(f"The pixels of {path.name} are compressed and cannot be decoded: install the decoders with "
                          "`pip install mgdcr[dicom]`, or copy the file again if they are there.") from None
 

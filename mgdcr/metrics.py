@@ -266,7 +266,8 @@ def score_volume(
     labels,  # (nk, nj, ni) 1 RV cavity, 2 LV wall, 3 LV cavity
     grid,    # Grid
 ):
-    "All scores against a truth, after `fit_to_truth` in the heart region, as a dict."
+    """All scores against a truth, after `fit_to_truth` in the heart region, as a dict: psnr (dB), ssim, slice_ssim, ncc, sharpness, coherence_<mm>mm; dice_rule_, hd95_rule_ and surface_rule_ (mm)
+    of lv and rv, each also by third of the left ventricle; shift_mm, gain and offset of the fit."""
     region = heart_region(labels, grid.spacing)
     fit, peak = fit_to_truth(volume, truth, grid, region), peak_of(truth, region)
     out = dict(psnr=psnr(fit.volume, truth, region, peak), ssim=ssim(fit.volume, truth, region, peak),

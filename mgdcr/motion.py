@@ -29,7 +29,7 @@ class Timing:
     def contraction(self, phase, early=None):
         """Part of the stroke volume ejected: 0 at end-diastole, 1 at end-systole; periodic and smooth.
 
-        Ejection, isovolumic relaxation, early filling, a rest, and the atrial kick (Chung et al., Circ Res 2004; the
+        Ejection, isovolumic relaxation, early filling, a rest, and the atrial kick (Chung et al., Am J Physiol Heart Circ Physiol 2004; the
         diastole shortens, not the systole, when the heart beats faster)."""
         t, es = np.mod(phase, 1.0), self.systole
         early = self.early if early is None else early
@@ -55,7 +55,7 @@ class Timing:
 def timing(
     parameters,  # Parameters
 ):
-    "The `Timing` of a person: systole from the heart rate, weaker early filling with age (Kuznetsova et al., Eur J Echocardiogr 2009)."
+    "The `Timing` of a person: systole from the heart rate, weaker early filling with age (Kuznetsova et al., Circ Heart Fail 2009)."
     return Timing(parameters.es_phase, float(np.clip(0.80 - 0.005 * (parameters.age - 30), 0.45, 0.82)))
 
 # %% ../nbs/07_motion.ipynb #c011

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .dataset import intensity_of, side_of, simulated_heart, stream
-from .diffae import read_weights, weights_file, write_weights, write_whole
+from .dataset import intensity_of, read_npz, side_of, simulated_heart, stream
+from .diffae import read_weights, reason, weights_file, write_weights, write_whole
 from .dicom import StudyError
 from .metrics import heart_region
 from .scanner import GAIN, PROTOCOLS, grid_points, phantom_study, truth
@@ -134,7 +134,7 @@ def load_volumes(path) -> Volumes:
     "What `save_volumes` wrote."
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays: found = Volumes(*(arrays[name] for name in ("classical", "truth", "near", "left", "seen")))
+        found = Volumes(**read_npz(path, ("classical", "truth", "near", "left", "seen")))
         shape = found.classical.shape
         if len(shape) != 4 or any(x.shape != shape for x in (found.truth, found.near, found.left)) or found.seen.shape != (2, *shape[1:]): raise ValueError
         if {x.dtype for x in (found.classical, found.truth, found.left, found.seen)} != {np.dtype(np.uint8)} or found.near.dtype != bool: raise ValueError
@@ -418,5 +418,5 @@ def load_patches(
         if card.get("inputs") != len(AROUND): raise ValueError("it looks at other places than this version does")
         network = fill(PatchNet(), {k: v.float() for k, v in tensors.items()}).eval()
     except FileNotFoundError: raise StudyError(f"There is no file {path.name!r}.") from None
-    except Exception as error: raise StudyError(f"{path.name!r} is no prior of patches that can be used: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}.") from None
+    except Exception as error: raise StudyError(f"{path.name!r} is no prior of patches that can be used: {reason(error)}.") from None
     return PatchPrior(network, card).to(device)

@@ -7,8 +7,8 @@ __all__ = ['TISSUES', 'INFLOW', 'HZ_PER_TESLA', 'FAT_PPM', 'SHIM_PPM', 'LUNG_T2S
            'LOOP_MM', 'LOOPS_MM', 'SYSTOLE_SHARE', 'BORDER', 'NEAR_MM', 'YARDSTICK', 'steady_state', 'tissue_signal',
            'sequence_look', 'Protocol', 'draw_protocol', 'turn', 'placed', 'sax_planes', 'lax_plane', 'plan',
            'slab_depths', 'Axis', 'k_axis', 'slab_points', 'acquire', 'coil_sensitivity', 'receive', 'heart_phase',
-           'grid_points', 'widest', 'truth', 'thin_plane', 'phantom_study', 'make_view', 'PlanePair', 'training_planes',
-           'benchmark', 'yardstick_scores', 'prove_yardstick']
+           'grid_points', 'widest', 'truth', 'thin_plane', 'phantom_study', 'make_view', 'protocol_of', 'PlanePair',
+           'training_planes', 'benchmark', 'yardstick_scores', 'prove_yardstick']
 
 # %% ../nbs/10_scanner.ipynb #c003
 import json, platform, time
@@ -476,6 +476,26 @@ def make_view(
     return View(name=name, images=np.stack(films), affines=affines, thickness_mm=float(thickness[0]),
                 acquired_mm=tuple(acquired),
                 times=times / 1000, rr_ms=rr_ms, series=[f"{name}_{n:02d}" for n in range(len(affines))])
+
+# %% ../nbs/10_scanner.ipynb #c045b
+def protocol_of(
+    study: Study,
+    name: str | None = None,  # the subject's, where not given
+) -> Protocol:
+    "The protocol that a study was taken with, as far as it tells."
+    sax, middle = study.sax, len(study.sax.images) // 2
+    apart = np.diff(np.sort([a[:3, 3] @ sax.affines[middle][:3, 2] for a in sax.affines]))
+    image, grid = sax.images[middle, study.ed_frame or 0], study.grid(4.0)
+    j, i = np.indices(image.shape)
+    points = i[..., None]*sax.affines[middle][:3, 0] + j[..., None]*sax.affines[middle][:3, 1] + sax.affines[middle][:3, 3]
+    off = points - grid.centre
+    off -= (off @ sax.affines[middle][:3, 2])[..., None]*sax.affines[middle][:3, 2]
+    blood = np.percentile(image[np.linalg.norm(off, axis=-1) < 25], 75)
+    lax = [view for view in study.views.values() if view.name != "sax"]
+    return Protocol(name or study.subject, pixel_mm=float(np.mean(sax.pixel_mm)), acquired_mm=tuple(float(a) for a in sax.acquired_mm), shape=tuple(image.shape),
+                    sax_thickness_mm=float(sax.thickness_mm), sax_spacing_mm=float(np.median(apart)) if len(apart) else float(sax.thickness_mm),
+                    lax_thickness_mm=float(np.mean([view.thickness_mm for view in lax] or [sax.thickness_mm])),
+                    views=("sax", *(view.name for view in lax if view.name in Protocol.views)), snr=float(np.clip(blood/np.median(sax.sigma), 5, 100)))
 
 # %% ../nbs/10_scanner.ipynb #c054
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from scipy import ndimage
 from torch import nn
 
 from .dataset import (HeartFrame, Preparation, Simulation, array_cut, intensity_of, labels_in_plane, paired_slices,
-                           random_moves, read_arrays, shading, side_of, simulated_frame, simulated_heart, stream, study_slices, subject_protocol, upright)
-from .diffae import read_weights, weights_file, write_weights, write_whole
+                           random_moves, read_arrays, read_npz, shading, side_of, simulated_frame, simulated_heart, stream, study_slices, subject_protocol, upright)
+from .diffae import read_weights, reason, weights_file, write_weights, write_whole
 from .dicom import StudyError
 from .geometry import Grid, sample_volume
 from .metrics import dice
@@ -145,9 +145,9 @@ def load_stacks(path) -> list:
     "The stacks of a file that `save_stacks` wrote."
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            stacks = [Stack(str(kind), arrays[f"images_{n}"], arrays[f"labels_{n}"], float(step))
-                      for n, (kind, step) in enumerate(zip(arrays["kinds"], arrays["steps_mm"]))]
+        arrays = read_npz(path)
+        stacks = [Stack(str(kind), arrays[f"images_{n}"], arrays[f"labels_{n}"], float(step))
+                  for n, (kind, step) in enumerate(zip(arrays["kinds"], arrays["steps_mm"]))]
         for s in stacks:
             if s.images.ndim != 3 or s.images.shape != s.labels.shape or {s.images.dtype, s.labels.dtype} != {np.dtype(np.uint8)} or s.labels.max() > 3: raise ValueError
     except Exception: raise StudyError(f"{path.name!r} holds no labelled stacks: delete it, and make it again.") from None
@@ -431,7 +431,7 @@ def load_segmenter(
         if not abs(float(card.get("cavity_logit", 0))) < 10: raise ValueError("its card's cavity_logit is out of range")
         network = fill(label_network(), {k: v.float() for k, v in tensors.items()}).eval()
     except FileNotFoundError: raise StudyError(f"There is no file {path.name!r}.") from None
-    except Exception as error: raise StudyError(f"{path.name!r} is no segmenter that can be used: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}.") from None
+    except Exception as error: raise StudyError(f"{path.name!r} is no segmenter that can be used: {reason(error)}.") from None
     return Segmenter(network, card, bf16).to(device)
 
 # %% ../nbs/17_segmentation.ipynb #c018

@@ -18,7 +18,7 @@ from torch import nn
 from .dataset import SliceDataset, augment
 from .ddim import Schedule, q_sample, target_of, x_start_from
 from .dicom import StudyError
-from .diffae import Prior, fit_latents, load_prior, read_pickle, write_whole
+from .diffae import Prior, check_tensors, fit_latents, load_prior, read_pickle, reason, write_whole
 from .study import project_root
 from .unet import NETWORKS, UNet, autocast, channels_last, fill
 
@@ -235,13 +235,36 @@ def _carried_on(run, path):
         was, now = ({k: v for k, v in r.items() if k not in BUDGET} for r in (found["recipe"], asdict(run.recipe)))
         if was != now: raise StudyError(f"{path.name!r} is of a run with another recipe: give another folder, or delete it.")
         state = {name: {k.removeprefix(f"{name}."): v for k, v in found["state_dict"].items() if k.startswith(f"{name}.")} for name in ("model", "ema_model")}
-        fill(run.network, state["model"])
-        run.ema = {k: v.to(run.ema[k].device) for k, v in state["ema_model"].items()}
-        run.optimizer.load_state_dict(found["optimizer"])
-        run.step, run.seconds, run.started_from = int(found["global_step"]), float(found["seconds"]), int(found["started_from"])
+        for tensors in state.values(): check_tensors(tensors, path)
+        for name in ("ema_model", "model"):  # the network ends with its own numbers, having checked both
+            fill(run.network, state[name])
+            if name == "ema_model": run.ema = {k: v.detach().clone() for k, v in run.network.state_dict().items()}
+        run.optimizer.load_state_dict(_adam(found["optimizer"], run.optimizer))
+        run.step, run.seconds, run.started_from = (_count(found[k]) for k in ("global_step", "seconds", "started_from"))
     except StudyError: raise
-    except Exception as error: raise StudyError(f"{path.name!r} cannot be carried on from ({error}): delete it to start anew.") from None
+    except Exception as error: raise StudyError(f"{path.name!r} cannot be carried on from ({reason(error)}): delete it to start anew.") from None
     return run
+
+
+def _count(n):
+    "A number of steps, samples or seconds of a checkpoint."
+    if type(n) not in (int, float) or not 0 <= n < 1e15: raise ValueError("its counts are no numbers")
+    return n
+
+
+def _adam(state, optimizer):
+    "The state of an Adam, if it is of the same options (all but the rate) and parameters; `ValueError` and others otherwise."
+    was, now = state["param_groups"], optimizer.state_dict()["param_groups"]
+    same = lambda a, b: all(type(a[k]) is type(b[k]) and a[k] == b[k] for k in a.keys() & b.keys() - {"lr", "initial_lr"})
+    if len(was) != len(now) or not all(a["params"] == b["params"] and same(a, b) for a, b in zip(was, now)): raise ValueError("its optimizer has other options")
+    parameters, moments = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for n, known in state["state"].items():
+        like = dict(step=torch.zeros(()), exp_avg=parameters[n], exp_avg_sq=parameters[n])
+        if {k: v.shape for k, v in known.items()} != {k: v.shape for k, v in like.items()}: raise ValueError("its optimizer is of another network")
+        own = moments[n] = {k: torch.empty_like(v, device="cpu").copy_(known[k]) for k, v in like.items()}  # not the file's own pages
+        if not all(v.isfinite().all() for v in own.values()) or own["step"] < 0 or (own["exp_avg_sq"] < 0).any():
+            raise ValueError("its optimizer holds impossible numbers")
+    return dict(state=moments, param_groups=[a | b for a, b in zip(was, now)])
 
 # %% ../nbs/15_training.ipynb #c011
 class _Loss(nn.Module):
@@ -339,7 +362,7 @@ def train(
             if check and run.seconds - checked > 60*validate_minutes: checked = validate() or run.seconds
             if run.seconds - saved > 60*save_minutes: saved = save() or run.seconds
         if ending: break
-    if check and not (stop and ending): validate()
+    if check and not (stop and ending) and book.validated != run.samples: validate()
     if main: save()
     if book: book.close()
     accelerator.wait_for_everyone()
@@ -381,7 +404,7 @@ class _Book:
     "The logs of a run, from a number of samples on."
 
     def __init__(self, folder, samples, scores):
-        folder, self.files, self.board, self.scores = project_root()/Path(folder), {}, None, scores
+        folder, self.files, self.board, self.scores, self.validated = project_root()/Path(folder), {}, None, scores, None
         folder.mkdir(parents=True, exist_ok=True)
         for name, columns in dict(losses=LOSSES, validation=(*SCORES, *scores)).items():
             path = folder/f"{name}.csv"
@@ -392,6 +415,7 @@ class _Book:
                     out.writeheader(), out.writerows(rows)
             write_whole(path, write)
             self.files[name] = open(path, "a", newline="")
+            if name == "validation" and rows: self.validated = int(rows[-1]["samples"])
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError: return
         self.board = SummaryWriter(str(folder), purge_step=samples)
@@ -404,6 +428,7 @@ class _Book:
         if self.board and run.step % 20 == 0: self.board.add_scalar("loss", loss, run.samples)
 
     def validation(self, run, rows):
+        self.validated = run.samples
         for row in rows:
             self._row("validation", run.samples, run.seconds, *(row[name] for name in self.scores))
             which, *numbers = self.scores

@@ -242,6 +242,7 @@ def fill(
             bad.append(f"{k} has the shape {tuple(tensors[k].shape)} instead of {tuple(wanted[k].shape)}")
         elif not torch.isfinite(tensors[k].float()).all(): bad.append(f"{k} holds numbers that are not finite")
     if bad: raise ValueError("; ".join(sorted(bad)[:8]) + (f"; and {len(bad) - 8} more" if len(bad) > 8 else ""))
+    if any(v.is_meta for v in wanted.values()): network = network.to_empty(device="cpu")  # memory is asked for only now that all fits
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()})
     return network
 

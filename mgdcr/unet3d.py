@@ -17,7 +17,7 @@ from torch import nn
 
 from .dataset import intensity_of
 from .dicom import StudyError
-from .diffae import read_weights, weights_file, write_weights
+from .diffae import read_weights, reason, weights_file, write_weights
 from .diffusion import PRIOR_MM, REACH_MM, at_prior_mm, from_axis, of_prior
 from .geometry import Grid, Slices
 from .patches import BRIGHT, LEFT, decoded, gains, left_over, measured, simulated_hearts
@@ -187,7 +187,7 @@ def load_unet3d(
         if card.get("kind") != "unet3d": raise ValueError("its card tells of another kind of network")
         network = fill(volume_network(), {k: v.float() for k, v in tensors.items()}).eval()
     except FileNotFoundError: raise StudyError(f"There is no file {path.name!r}, since no 3D U-Net ships: `papermill nbs/train_unet3d.ipynb -p minutes 60` trains one.") from None
-    except Exception as error: raise StudyError(f"{path.name!r} is no 3D U-Net that can be used: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}.") from None
+    except Exception as error: raise StudyError(f"{path.name!r} is no 3D U-Net that can be used: {reason(error)}.") from None
     return VolumePrior(network, card).to(device)
 
 # %% ../nbs/22_unet3d.ipynb #c019

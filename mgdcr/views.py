@@ -356,13 +356,14 @@ def strip(
 def between_classes(values: np.ndarray) -> float:
     "The threshold that divides values best into two classes (Otsu, 1979)."
     values = values[np.isfinite(values)]
+    if not len(values) or np.ptp(values) <= 1e-4*np.abs(values).max(): return float(values.mean()) if len(values) else 0.0  # one class
     counts, edges = np.histogram(values, 128)
     centres = (edges[1:] + edges[:-1])/2
     below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
     low = np.cumsum(counts*centres)/np.maximum(below, 1)
     high = (np.cumsum((counts*centres)[::-1])/np.maximum(above[::-1], 1))[::-1]
     spread = below[:-1]*above[1:]*(low[:-1] - high[1:])**2
-    return float(edges[1:-1][spread == spread.max()].mean()) if len(values) else 0.0
+    return float(edges[1:-1][spread == spread.max()].mean())
 
 
 def apical_end(

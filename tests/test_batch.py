@@ -64,3 +64,15 @@ def test_on_a_cluster_of_two_a_worker_is_killed_midway_and_nothing_is_done_twice
     begun = [path.stem for path in tmp_path.glob("*.[0-9]*")]
     assert len(begun) > 8 and all(begun.count(name) == 1 for name in kept[:3])
     assert read_table(tmp_path/"rows.csv") == rows
+
+
+def no_note(name): return [dict(subject=name, note="", value=0.1234567)]
+
+
+def test_names_that_look_like_numbers_stay_names_and_a_row_stays_as_it_was_written(tmp_path):
+    names, record = ["007", "1234567_20208_2_0", "2345678", "1e3", "nan"], tmp_path/"rows.csv"
+    for n, name in enumerate(names):
+        before = record.read_bytes() if n else b""
+        each(no_note, [(name,)], record)
+        assert record.read_bytes().startswith(before)
+    assert [row["subject"] for row in read_table(record)] == names
