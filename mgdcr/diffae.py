@@ -334,6 +334,7 @@ def _possible(config):
     sizes = [config.channels, config.blocks, config.heads, config.embed, config.z, config.image_channels, config.patch, config.size, config.z_map + 1, *config.mult, *config.encoder_mult]
     if not config.mult or not all(type(n) is int and 1 <= n <= 4096 for n in sizes): raise ValueError("its network has impossible sizes")
     if (len(config.mult) + len(config.encoder_mult))*config.blocks > 256: raise ValueError("its network has too many layers")
+    if not 0 <= config.dropout < 1: raise ValueError("its dropout is impossible")
     if config.prediction not in ("eps", "v"): raise ValueError(f"it predicts {config.prediction!r}")
     with torch.device("meta"): total = sum(p.numel() for p in UNet(config).parameters())
     if not 0 < total <= 2e9: raise ValueError("its network has impossible sizes")
