@@ -34,7 +34,7 @@ from .dicom import StudyError
 from .heart import digital_heart
 from .label_heart import label_heart, shared_map
 from .scanner import PROTOCOLS, PlanePair, Protocol, draw_protocol, training_planes
-from .study import Study, project_root, safe_subject
+from .study import Study, open_nifti, project_root, safe_subject
 from .views import CLOCK, CLOCK_OFFSET, clock_angle, to_apex
 
 # %% ../nbs/11_dataset.ipynb #c007
@@ -494,11 +494,11 @@ def folder_slices(
 
 def folder_labels(folder) -> dict | None:  # label → (n, 3) mm RAS
     "Where the labels beside a study's images lie at end-diastole, `sax_labels_ed*.nii.gz`; None without any."
-    import nibabel as nib
     points = {1: [], 2: [], 3: []}
     for path in sorted(Path(folder).glob("sax_labels_ed*.nii.gz")):
         try:
-            image = nib.load(path)
+            image = open_nifti(path)
+            if np.prod(image.shape, dtype=float)*image.get_data_dtype().itemsize > 2**28 or not np.isfinite(image.affine).all(): raise ValueError
             data = np.asarray(image.dataobj)
         except Exception: raise StudyError(f"{path.name} cannot be read: write it again or leave it out.") from None
         if data.ndim != 3: raise StudyError(f"{path.name} has {data.ndim} axes: labels need three.")

@@ -166,13 +166,13 @@ def _header(path):
         with warnings.catch_warnings(action="ignore"), _mapped(path) as file:  # odd values are usual in archives and judged below
             packed = _is_deflated(file, named)
             ds = Dataset() if packed else pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=named)
-            for _ in ds.iterall(): pass  # turns each value into numbers or text, here where one that is neither is caught
+            meta = getattr(ds, "file_meta", Dataset())
+            for _ in (*ds.iterall(), *meta.iterall()): pass  # turns each value into numbers or text, here where one that is neither is caught
     except InvalidDicomError: return None
     except Exception: raise _truncated(path) from None
     if packed:
         raise StudyError(f"The DICOM file {path.name} is deflated as a whole, so that nobody knows how large it is: write it "
                          "again without, or take it out of the folder.")
-    meta = getattr(ds, "file_meta", {})
     kind = str(ds.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID", "") or "")
     if not kind and named: raise _truncated(path)
     mr = kind in ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")
@@ -236,9 +236,9 @@ def _frame(ds, path, index):
     shape = (int(ds.Rows), int(ds.Columns))
     position, orientation, spacing = place or ((), (), ())
     fov = "MRFOVGeometrySequence"
-    matrix, along = ds.get("AcquisitionMatrix"), groups.get(fov, "InPlanePhaseEncodingDirection", "")
+    matrix, along = _values(ds.get("AcquisitionMatrix")), groups.get(fov, "InPlanePhaseEncodingDirection", "")
     steps = [groups.get(fov, f"MRAcquisition{key}") for key in ("FrequencyEncodingSteps", "PhaseEncodingStepsInPlane")]
-    if matrix is None and all(steps): matrix = [steps[0], 0, 0, steps[1]]
+    if not matrix and all(steps): matrix = [steps[0], 0, 0, steps[1]]
     sync = "CardiacSynchronizationSequence"
     trigger = groups.get(sync, "NominalCardiacTriggerDelayTime", ds.get("TriggerTime"))
     return Frame(
@@ -360,14 +360,15 @@ def _decoded(frame, cache):
 def _decode_file(path):
     "All pixels of one file, or the sentence that says what is missing."
     import pydicom
+    from pydicom.uid import UID
     ds = None
     try:
         with warnings.catch_warnings(action="ignore"), _mapped(path) as file:
             ds = pydicom.dcmread(file, force=True)
             return ds.pixel_array
     except Exception:
-        syntax = getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", None)
-        if syntax is None or not syntax.is_transfer_syntax or not syntax.is_compressed: raise _truncated(path) from None
+        syntax = UID(str(getattr(getattr(ds, "file_meta", None), "TransferSyntaxUID", "")))
+        if not syntax.is_transfer_syntax or not syntax.is_compressed: raise _truncated(path) from None
         raise StudyError(f"The pixels of {path.name} are compressed and cannot be decoded: install the decoders with "
                          "`pip install mgdcr[dicom]`, or copy the file again if they are there.") from None
 

@@ -32,7 +32,7 @@ from .dicom import StudyError
 from .heart import Chest, Look, Placed, chunked, eddies, funnel, inside, jets, noise, rough, surroundings, tube, unit
 from .motion import Moment, moment, rings_now, to_rest, to_rest_rings, turned
 from .population import Parameters, draw
-from .study import project_root
+from .study import open_nifti, project_root
 
 # %% ../nbs/09_label_heart.ipynb #c007
 LABELS = dict(lv_wall=1, lv=2, rv_wall=3, rv=4, la_wall=5, la=6, ra_wall=7, ra=8,
@@ -86,7 +86,7 @@ def read_label_map(
     lacking = set(CAVITY_ML) - set(mapping)
     if lacking: raise StudyError(f"The mapping has no {sorted(lacking)[0]!r}: give its number in the label map.")
     try:
-        image = nib.load(path)
+        image = open_nifti(path)
         shape, affine = image.shape, np.asarray(image.affine, float)
     except Exception as e:
         raise StudyError(f"{path.name} cannot be read as NIfTI ({type(e).__name__}): "

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FILE_NAME', 'EXTRA_NAME', 'GRID_MARGIN_MM', 'POSE_COLUMNS', 'MAX_VALUES', 'MOST_PACKED', 'FARTHEST_MM',
-           'project_root', 'safe_subject', 'time_weights', 'noise_sigma', 'View', 'LongAxis', 'Study', 'slice_affines']
+           'project_root', 'safe_subject', 'time_weights', 'noise_sigma', 'View', 'LongAxis', 'Study', 'open_nifti',
+           'slice_affines']
 
 # %% ../nbs/02_study.ipynb #c004
-import csv, json, os, re, tempfile
+import csv, gzip, json, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -478,11 +479,19 @@ def _views(info):
     raise StudyError('"views" of study.json must be an object of series and view names, such as {"Se9": "ignore"}.')
 
 
+def open_nifti(path):  # nibabel image, whose voxels are not read yet
+    "A NIfTI file; `ValueError` and others where it is none, or where its voxels begin so late that nibabel would read no end of header."
+    import nibabel as nib
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: head = file.read(540)
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        if kind.may_contain_header(head) and not kind(head[:kind.sizeof_hdr], check=False)["vox_offset"] < 2**22: raise ValueError("too much header")
+    return nib.load(path)
+
+
 def _load_nifti(path):
     "(data (X, Y, Z, T) float32, affine, seconds a frame or None) of one file, or one clear sentence."
-    import nibabel as nib
     try:
-        image = nib.load(path)
+        image = open_nifti(path)
         zooms, unit = image.header.get_zooms(), image.header.get_xyzt_units()[1]
     except Exception: raise _broken(path) from None
     shape, size = image.shape, path.stat().st_size

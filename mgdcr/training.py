@@ -327,6 +327,7 @@ def train(
     check = recipe.validation() if main and log and validate_minutes else None
     clock = _Clock(run.seconds)
     saved = checked = told = clock.seconds
+    ending = False
 
     def validate():
         with clock.stopped(): book.validation(run, check(run.learnt().to(accelerator.device)))
@@ -362,7 +363,7 @@ def train(
             if check and run.seconds - checked > 60*validate_minutes: checked = validate() or run.seconds
             if run.seconds - saved > 60*save_minutes: saved = save() or run.seconds
         if ending: break
-    if check and not (stop and ending) and book.validated != run.samples: validate()
+    if check and not ending and book.validated != run.samples: validate()
     if main: save()
     if book: book.close()
     accelerator.wait_for_everyone()

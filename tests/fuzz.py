@@ -19,7 +19,7 @@ import torch
 
 import mgdcr.diffae as diffae
 from made_dicom import AXIS, write_enhanced, write_slice
-from mgdcr.dataset import SliceDataset, SliceRecord, SliceStore, _close, read_arrays, write_lmdb
+from mgdcr.dataset import SliceDataset, SliceRecord, SliceStore, _close, folder_labels, read_arrays, write_lmdb
 from mgdcr.diffae import LATENT_PARTS, LatentModel, Prior, load_latents, load_prior, save_prior, shipped
 from mgdcr.dicom import StudyError
 from mgdcr.label_heart import read_label_map
@@ -101,7 +101,7 @@ def odd_value(rng, value):
         case 0: del holder[last]
         case 1: holder[last] = [holder[last]]
         case 2 if isinstance(holder[last], list): holder[last] = holder[last]*3
-        case 3 if isinstance(holder[last], (int, float)): holder[last] = [-holder[last], holder[last]*1e9, holder[last]*1e-9][int(rng.integers(3))]
+        case 3 if isinstance(holder[last], (int, float)) and abs(holder[last]) < 1e300: holder[last] = [-holder[last], holder[last]*1e9, holder[last]*1e-9][int(rng.integers(3))]
         case 4 if isinstance(holder, dict): holder["unknown " + "k"*int(rng.integers(200))] = odd(rng)
         case _: holder[last] = odd(rng)
     return value
@@ -287,6 +287,7 @@ class Trap:
 
 
 def odd_tensor(rng, tensor):
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() > 1e7: return torch.zeros(3)
     x = tensor.detach().clone()
     match rng.integers(10):
         case 0: return x*float("nan")
@@ -556,6 +557,11 @@ def make_map(folder):
     nib.save(nib.Nifti1Image(data.astype(np.uint8), np.diag([2.0, 2, 2, 1])), folder/"heart.nii.gz")
 
 
+def make_labels(folder):
+    x = np.arange(20*24*3, dtype=np.uint8).reshape(20, 24, 3) % 4
+    nib.save(nib.Nifti1Image(x, np.diag([1.4, 1.4, 8, 1])), folder/"sax_labels_ed.nii.gz")
+
+
 def read_map(folder): read_label_map(folder/"heart.nii.gz", dict(lv=1, lv_wall=2, rv=3, la=4))
 
 
@@ -581,6 +587,7 @@ KINDS = {
     "arrays": Kind(make_arrays, ("*.npz",), (damage, odd_npz, odd_npz), lambda folder: read_arrays(folder/"patient001_ED.npz")),
     "volumes": Kind(make_volumes, ("*.npz",), (damage, odd_npz, odd_npz), lambda folder: load_volumes(folder/"phantom-10000.npz")),
     "stacks": Kind(make_stacks, ("*.npz",), (damage, odd_npz, odd_npz), lambda folder: load_stacks(folder/"phantom-10000.npz")),
+    "labels_beside": Kind(make_labels, ("*.nii.gz",), (damage, odd_nifti, odd_nifti), folder_labels),
     "label_map": Kind(make_map, ("heart.nii.gz",), (damage, odd_nifti, odd_nifti), read_map),
 }
 

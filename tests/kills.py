@@ -287,10 +287,13 @@ def files_of(folder):
 def method_of(folder): return json.loads((folder/"summary.json").read_text())["method"]
 
 
-def stage(out):
-    "How far a run has come, as its folders say."
-    if (out/".anna.old").exists(): return "replace"
-    return "write" if (out/".anna.partial/volume.nii.gz").exists() else "solve"
+def stage(out, since=0.):
+    "How far a run that began at `since` has come, as its folders say; what an earlier one left does not count."
+    def touched(path):
+        try: return path.stat().st_ctime > since
+        except FileNotFoundError: return False
+    if touched(out/".anna.old"): return "replace"
+    return "write" if touched(out/".anna.partial/volume.nii.gz") else "solve"
 
 
 def look_at_result(out, before, wanted, good):
@@ -312,8 +315,8 @@ def stages_of(command, scratch):
     assert process.returncode == 0, (scratch/"output").read_text()[-3000:]
     end = time.monotonic() - began
     replaced = first.get("replace", end)
-    return dict(solve=(lambda out: True, first.get("write", replaced)), write=(lambda out: stage(out) != "solve", replaced - first.get("write", replaced)),
-                replace=(lambda out: stage(out) == "replace", 0.002))
+    return dict(solve=(lambda at: True, first.get("write", replaced)), write=(lambda at: at != "solve", replaced - first.get("write", replaced)),
+                replace=(lambda at: at == "replace", 0.002))
 
 
 def still_running(scratch):
@@ -341,8 +344,8 @@ def kill_reconstruction(scratch, times, rng, command=shell_command):
     good["linear"], kills, replaced = files_of(out/"anna"), [], 0
     while len(kills) < times:
         before, wanted, what = files_of(out/"anna"), next(m for m in METHODS if m != method_of(out/"anna")), tuple(stages)[len(kills) % 3]
-        seen, lasts = stages[what]
-        kill = killed(command(scratch, wanted), scratch, lambda: seen(out), rng.uniform(0, lasts), lambda: stage(out))
+        (seen, lasts), now = stages[what], partial(stage, out, time.time())
+        kill = killed(command(scratch, wanted), scratch, lambda: seen(now()), rng.uniform(0, lasts), now)
         replaced += (new := look_at_result(out, before, wanted, good))
         if kill: kills.append(kill)
         else: assert new and {p.name for p in out.iterdir()} == {"anna"}

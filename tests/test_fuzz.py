@@ -49,6 +49,11 @@ def syntax_nobody_knows(path):
     ds.save_as(path, enforce_file_format=False, little_endian=True, implicit_vr=False)
 
 
+def syntax_that_is_text(path):
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\2\0\x10\0UI", b"\2\0\x10\0LO")[:-100])
+
+
 def deflated(path):
     "A file whose 4 MB unpack to 1.5 GB."
     ds, meta = pydicom.dcmread(path), io.BytesIO()
@@ -81,9 +86,9 @@ ZEROS = gzip.compress(bytes(1 << 24))*60  # 1 GB
 def text(data): return lambda path: path.write_bytes(data if isinstance(data, bytes) else data(path.read_bytes()))
 
 
-def page(path):
-    "A picture said to lie in a page that the file does not have."
-    path.write_bytes(re.sub(rb"(128-00003)[^\0].{7}", rb"\1" + struct.pack("<Q", 10**6), path.read_bytes(), flags=re.DOTALL))
+def picture(path):
+    "A picture said to be a gigabyte long: the library would copy what lies beyond the end of the file."
+    path.write_bytes(re.sub(rb"....(\x01\0\t\x00128-00003)", lambda found: struct.pack("<I", 2**30) + found[1], path.read_bytes(), flags=re.DOTALL))
 
 
 def changed(change, **options):
@@ -161,13 +166,17 @@ def lying(name, data):
 EMA, ADAM = ("state_dict", "ema_model.out.2.bias"), ("optimizer", "state", 0)
 FOUND = {
     "one number for a pixel's two sides": ("dicom", dicom(PixelSpacing=("DS", b"3 ")), None),
+    "a kind of value that does not exist": ("dicom", text(lambda data: data.replace(b"\2\0\2\0UI", b"\2\0\2\0UA")), "truncated or damaged"),
     "text for a whole number": ("dicom", dicom(NumberOfFrames=("IS", b"many")), "truncated or damaged"),
     "a syntax that does not exist": ("dicom", syntax_nobody_knows, "truncated or damaged"),
+    "a matrix of one number": ("dicom", dicom(AcquisitionMatrix=("US", b"\1\0")), None),
+    "a syntax that is no UID": ("dicom", syntax_that_is_text, "truncated or damaged"),
     "a DICOM file that unpacks to a thousand times its size": ("dicom", deflated, "deflated"),
     "an element longer than its file": ("dicom", longer_than_the_file, None),
     "a sequence that is none": ("dicom_enhanced", dicom(SharedFunctionalGroupsSequence=("LO", b"ab")), None),
     "a unit of time that does not exist": ("nifti", header((123, "<B", 7)), "cannot be read"),
     "a gigabyte of zeros": ("nifti", header((40, "<8h", 3, 16000, 16000, 1, 1, 1, 1, 1), (70, "<2h", 4, 16), packed=ZEROS), "cannot be read"),
+    "a gigabyte of header": ("nifti", header((108, "<f", 2**30), (348, "<B", 1), packed=ZEROS), "cannot be read"),
     "a header of more than the file has": ("nifti_reference", header((40, "<8h", 3, 600, 600, 600, 1, 1, 1, 1)), "cannot be read"),
     "brightness of 1e-38": ("nifti", header((112, "<2f", 1e-40, 1e-38)), "impossible brightness"),
     "slices light years apart": ("nifti", header((252, "<2h", 0, 1), (280, "<f", 1e30)), "enormous"),
@@ -178,7 +187,7 @@ FOUND = {
     "poses in another encoding": ("poses_csv", text(lambda data: data.decode().encode("utf-16")), "poses.csv"),
     "a field of 200,000 letters": ("poses_csv", text(lambda data: data + b"z"*200_000), "poses.csv"),
     "slice -1": ("poses_csv", text(lambda data: data.replace(b"sax,0", b"sax,-1")), "poses.csv"),
-    "a page outside the file": ("lmdb", page, "damaged"),
+    "a picture longer than its file": ("lmdb", picture, "damaged"),
     "a name of many lines": ("checkpoint", changed(put("state_dict", "model.x\nx", value=torch.ones(1))), "cannot be carried on"),
     "an average that lacks a tensor": ("checkpoint", changed(lambda found: found["state_dict"].pop(EMA[1])), "is missing"),
     "a sparse tensor": ("checkpoint", changed(put(*EMA, value=lambda v: v.to_sparse())), "other things than numbers"),
@@ -197,6 +206,7 @@ FOUND = {
     "a tensor's name that a terminal obeys": ("prior", renamed("\x1b[2J"), "is missing|is unknown"),
     "a tensor's name of 3000 letters": ("segmenter", renamed("q"*3000), "is missing|is unknown"),
     "a schedule of -1000 steps": ("prior", card(schedule=dict(T=-1000)), "schedule is impossible"),
+    "dropout that is no number": ("prior", card(network=dict(dropout=float("nan"))), "dropout"),
     "a thousand levels": ("ddim", card(network=dict(mult=[1]*1000)), "too many layers"),
     "samples that are no number": ("prior", card(samples="many"), "samples"),
     "a model of z_sem of another network": ("prior", tensors(misfit), "z_sem"),

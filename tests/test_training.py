@@ -176,6 +176,6 @@ def test_the_rate_rises_stays_and_falls():
 @pytest.mark.parametrize("minutes", [5.0, 1e-9])
 def test_no_validation_is_logged_twice(tmp_path, data, minutes):
     recipe = Recipe(str(data), "small", samples=8, batch=4, precision="float32")
-    for _ in range(2): train(recipe, tmp_path, tmp_path / "log", device="cpu", validate_minutes=minutes)  # killed after its last checkpoint, it is started again
+    for stop in (None, lambda run: False): train(recipe, tmp_path, tmp_path / "log", device="cpu", validate_minutes=minutes, stop=stop)  # killed after its last checkpoint, it is started again
     rows = [(row["samples"], row["t"]) for row in read_log(tmp_path / "log" / "validation.csv")]
     assert len(set(rows)) == len(rows) == (6 if minutes == 5 else 12)
