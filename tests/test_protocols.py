@@ -89,4 +89,4 @@ def test_slices_of_a_patient_are_predicted():
 
 def test_held_out_views_are_scored_by_name():
     found = {row["metric"] for row in score("phantom-8", "held_out", "spacing_mm:4,lax:2ch+4ch", ["linear"])}
-    assert found == {f"lax_{view} {name}" for view in ("2ch", "4ch") for name in ("ncc", "psnr", "ssim")} and set(PROTOCOLS) == {"truth", "slice_drop", "held_out"}
+    assert found == {f"lax_{view} {name}" for view in ("2ch", "4ch") for name in ("ncc", "psnr", "ssim")} and set(PROTOCOLS) == {"truth", "slice_drop", "held_out", "labels"}
