@@ -174,11 +174,11 @@ def named(
     study: Study,
     found,      # its `Reconstruction` at end-diastole
     segmenter,  # a network, as `load_segmenter` gives it
-) -> tuple:  # labels (nk, nj, ni) of the volume, of the true image, of the exact anatomy
-    "What is blood and what is muscle, by a network and in truth, after `metrics.fit_to_truth`."
+) -> tuple:  # labels (nk, nj, ni) of the volume, of the exact anatomy
+    "What is blood and what is muscle, by a network after `metrics.fit_to_truth`, and in truth."
     image, exact = truth_on(study, found.grid)
     fitted = metrics.fit_to_truth(found.first, image, found.grid, metrics.heart_region(exact, found.grid.spacing))
-    return *(segment_volume(volume, found.grid, heart_frame(study), segmenter) for volume in (fitted.volume, image)), exact
+    return segment_volume(fitted.volume, found.grid, heart_frame(study), segmenter), exact
 
 
 def in_plane(
@@ -203,11 +203,13 @@ def labels(study: Study, method: str, segmenter: str | None = None, **run) -> di
     if study.reference is None: raise StudyError(f"Of {study.subject!r} no truth is known: use the protocols slice_drop or held_out.")
     network, overlap = load_segmenter(segmenter or "cine128_labels"), lambda a, b: {name: metrics.dice(a == label, b == label) for name, label in STRUCTURES.items()}
     run = run | dict(frame="ED", segmenter=None)
-    ours, net, exact = named(study, reconstruct(study, method, **run), network)
+    whole = reconstruct(study, method, **run)
+    ours, exact = named(study, whole, network)
+    net = segment_volume(truth_on(study, whole.grid)[0], whole.grid, heart_frame(study), network)
     values, views = {f"dice_{name}": value for name, value in overlap(ours, exact).items()} | {f"dice_net_{name}": value for name, value in overlap(ours, net).items()}, []
     for view in (name for name in study.views if name != "sax"):
         found = reconstruct(study, method, hold_out=view, **run)
-        ours, _, exact = named(study, found, network)
+        ours, exact = named(study, found, network)
         views.append(overlap(*(in_plane(volume, found.grid, study.slices("ED", found.grid).select(view).planes) for volume in (ours, exact))))
     return values | {f"dice_{name}_lax": float(np.mean([of[name] for of in views])) for name in STRUCTURES if views}
 
