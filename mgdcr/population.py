@@ -245,7 +245,7 @@ def _body(rng, condition):
 
 def _ventricles(rng, of, body, bsa):
     "Volumes, mass and length of the LV, then the RV that pumps the same."
-    z, man, age = bell(rng), body["sex"] == "M", body["age"]
+    z, age = bell(rng), body["age"]
     mean, sd = of("edv")
     edv = (mean + sd * z - 0.25 * (age - 55)) * bsa                 # smaller with age (Petersen 2017)
     mean, sd = of("ef")

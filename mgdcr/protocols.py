@@ -23,7 +23,7 @@ from .dataset import array_cut, heart_frame, intensity_of, lateral_by_geometry, 
 from .dicom import StudyError
 from .evaluation import all_of, by_view, kept, paired
 from .geometry import SliceOperator
-from .inverse import METHODS, from_root, load_subject, reconstruct, study_of
+from .inverse import METHODS, from_root, load_subject, reconstruct, study_of, truth_on
 from .scanner import Protocol
 from .segmentation import load_segmenter, segment_volume
 from .study import Study, View

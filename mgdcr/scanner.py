@@ -85,7 +85,6 @@ def sequence_look(
     **options,      # texture, texture_mm, trabeculae, edge_mm, flow, swirl, rv_blood: see `Look`
 ):
     "The `Look` that a bSSFP sequence gives the heart: every tissue relative to blood."
-    blood = tissue_signal("blood", flip_deg, tr_ms, te_ms, field_T)
     signal = {name: tissue_signal(name, flip_deg, tr_ms, te_ms, field_T) for name in TISSUES}
     return Look(**{name: round(s / signal["blood"], 4) for name, s in signal.items()}, **options)
 

@@ -20,7 +20,7 @@ from .ddim import Schedule, q_sample, target_of, x_start_from
 from .dicom import StudyError
 from .diffae import Prior, check_tensors, fit_latents, load_prior, read_pickle, reason, write_whole
 from .study import project_root
-from .unet import NETWORKS, UNet, autocast, channels_last, fill
+from .unet import NETWORKS, UNet, autocast, channels_last, fill, multiplies_bf16
 
 # %% ../nbs/15_training.ipynb #c005
 @dataclass(frozen=True)
@@ -552,7 +552,7 @@ def speed(
     def learn():
         with autocast(device, bf16): loss = loss_of(dict(x_start=x, source=x, noise=x, t=t))
         loss.backward()
-    found = dict(network=network, how=", ".join(["bf16" if bf16 else "float32", *["channels last"]*last, *["compiled"]*compile]), batch=batch)
+    found = dict(network=network, how=", ".join(["bf16" if bf16 and multiplies_bf16(device) else "float32", *["channels last"]*last, *["compiled"]*compile]), batch=batch)
     for name, work in (("forward_ms", ask), ("train_ms", learn)): found[name] = round(1000*_timed(work, seconds, device)/batch, 2)
     found["samples_per_s"] = round(1000/found["train_ms"], 1)
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""

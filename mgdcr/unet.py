@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'UNetConfig', 'ResBlock', 'AttentionBlock', 'timestep_embedding', 'Encoder', 'UNet', 'parameters_of',
-           'config_of', 'fill', 'one_channel', 'autocast', 'channels_last']
+           'config_of', 'fill', 'one_channel', 'multiplies_bf16', 'autocast', 'channels_last']
 
 # %% ../nbs/12_unet.ipynb #c003
 import math
@@ -261,12 +261,19 @@ def one_channel(
     return out
 
 # %% ../nbs/12_unet.ipynb #c018
+def multiplies_bf16(device) -> bool:
+    "Whether a device has instructions for bfloat16: a processor without them imitates them, and takes seven times as long as in float32."
+    if torch.device(device).type != "cpu": return True
+    there = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not say: float32 then
+    return any(there.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def autocast(
     device,            # "cpu", "cuda", …
     on: bool = True,
 ):  # context
-    "bfloat16 in convolutions and products, float32 where sums are taken."
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on)
+    "bfloat16 in convolutions and products, float32 where sums are taken; float32 everywhere on a device that would only imitate it."
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on and multiplies_bf16(device))
 
 
 def channels_last(network: nn.Module) -> nn.Module:

@@ -694,7 +694,7 @@ def outline(
     about,   # (3,) mm: the panel's origin
 ):
     "Outlines of labels on an image in its plane."
-    (H, W), zero = labels.shape, np.zeros(1)
+    H, W = labels.shape
     along = lambda n, column: plane_mm(affine, affine[:3, 3] + np.arange(n)[:, None] * affine[:3, column], about)[:, column]
     for label, tint in OUTLINES.items():
         if (labels == label).any(): ax.contour(along(W, 0), along(H, 1), labels == label, [0.5], colors=tint, linewidths=0.9)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from pyflakes.checker import Checker
+from pyflakes.messages import UndefinedName
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ConfigParser()
@@ -151,6 +153,13 @@ def test_imports_are_declared(path):
     for name in set(imported(path)) - set(sys.stdlib_module_names) - {"mgdcr"}:
         assert name not in NBDEV and name != "torchvision", f"{path.name} imports {name}"
         assert {d.lower() for d in packages.get(name, [name])} & declared, f"{path.name} imports {name}, undeclared"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_a_module_knows_every_name_it_uses(path):
+    "A notebook's later cells may define or import what the exported ones need: the module would lack it."
+    found = Checker(ast.parse(path.read_text(encoding="utf-8")), path.name).messages
+    assert not [str(message) for message in found if isinstance(message, UndefinedName)]
 
 
 def test_nothing_asks_for_torchvision():
