@@ -7,9 +7,9 @@ __all__ = ['COLOURS', 'OTHER', 'NOTHING', 'ARROW', 'LINKED', 'RENDERED', 'colour
            'panel', 'draw_planes', 'middle_of', 'window_of', 'points_on', 'cut', 'ray_cast', 'draw_triad', 'viewpoint',
            'views_in_space', 'residual_images', 'to_sax_units', 'example_slices', 'framed', 'volume_beside_input',
            'long_cut', 'stack_cut', 'stack_strip', 'stack_figure', 'certainty_figure', 'residual_figure',
-           'residual_rows', 'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'prediction_figure',
-           'small_png', 'furthest_turn', 'turn_of', 'overview_figure', 'loss_figure', 'outline', 'label_figure',
-           'curve_figure', 'beat_figure', 'Scene', 'as_planes', 'png', 'browse', 'browse3d']
+           'alignment_figure', 'draw_arrows', 'draw_crossings', 'holdout_figure', 'prediction_figure', 'small_png',
+           'furthest_turn', 'turn_of', 'overview_figure', 'loss_figure', 'outline', 'label_figure', 'curve_figure',
+           'beat_figure', 'Scene', 'as_planes', 'png', 'browse', 'browse3d']
 
 # %% ../nbs/23_viewer.ipynb #c003
 import io
@@ -448,23 +448,6 @@ def residual_figure(
         ax.tick_params(labelsize=8)
         for side in ("top", "right"): ax.spines[side].set_visible(False)
     return fig
-
-
-def residual_rows(volume, grid, slices, poses=None, gains=None, offsets=None):
-    "A row a slice for `residual_figure`: RMS over noise and NCC of acquired slice and A V."
-    planes = slices.planes if poses is None else apply_poses(slices.planes, poses)
-    images = to_sax_units(slices, gains, offsets)
-    shown = type(slices)(images, planes, slices.mask, slices.views, slices.index, slices.sigma)
-    rows = []
-    for n, left in enumerate(residual_images(volume, grid, shown, planes)):
-        used = np.isfinite(left)
-        row = dict(view=slices.views[n], slice=int(slices.index[n]))
-        if used.sum() > 10:
-            gain = 1.0 if gains is None else gains[n]
-            row |= dict(rms_sigma=float(np.sqrt(np.mean(left[used] ** 2)) * gain / max(slices.sigma[n], 1e-9)),
-                        ncc=float(np.corrcoef(images[n][used], (images[n] - left)[used])[0, 1]))
-        rows.append(row)
-    return rows
 
 # %% ../nbs/23_viewer.ipynb #c032
 def alignment_figure(

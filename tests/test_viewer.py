@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mgdcr import solvers, viewer
+from mgdcr.inverse import slice_residuals
 from mgdcr.metrics import hold_out_scores
 from mgdcr.scanner import phantom_study
 
@@ -32,7 +33,7 @@ def case():
     lambda s, r: viewer.volume_beside_input(r.volume[0], r.grid, r.slices),
     lambda s, r: viewer.stack_figure(r.volume[0], r.grid, r.slices),
     lambda s, r: viewer.stack_figure(r.volume[0], r.grid, r.slices, s.reference),
-    lambda s, r: viewer.residual_figure(viewer.residual_rows(r.volume[0], r.grid, r.slices)),
+    lambda s, r: viewer.residual_figure(slice_residuals(r.volume[0], r.grid, r.slices, None, np.ones(len(r.slices)), np.zeros(len(r.slices)))),
     lambda s, r: viewer.holdout_figure(hold_out_scores(r.volume[0], r.grid, r.slices.select("lax_4ch"),
                                                        r.slices.without("lax_4ch"))),
     lambda s, r: viewer.loss_figure({"a": [dict(loss=3.0, seconds=0.1), dict(loss=1.0, seconds=0.2)],
