@@ -37,6 +37,12 @@ def expected(): return load_file(FIXTURES / "diffae_tiny_expected.safetensors")
 def close(a, b, most): assert float((a - b).abs().max()) <= most
 
 
+def close_on_the_whole(a, b):
+    """A walk towards the noise amplifies rounding: in exact arithmetic, too, the worst pixel of the official x_T is off by 1.6e-3, but the RMS by 5e-5.
+    Which pixels round how depends on the processor; the RMS does not."""
+    assert float((a - b).square().mean().sqrt()) <= 1.5e-4
+
+
 @torch.no_grad()
 def test_the_official_autoencoders_numbers(tmp_path, expected):
     prior, e = load_official(official_checkpoint(tmp_path, "autoenc")), expected
@@ -49,9 +55,9 @@ def test_the_official_autoencoders_numbers(tmp_path, expected):
     close(eps_loss(prior.schedule, lambda x, t: prior.eps(x, t, z), e["x0"], e["t"], e["noise"]), e["loss_per_sample"], 1e-4)
     for steps in (10, 20):
         assert timesteps(steps).tolist() == e[f"timesteps_{steps}"].tolist()
-        close(prior.encode_stochastic(e["x0"], z, steps), e[f"x_T_{steps}"], 1e-3)
-        close(prior.render(e[f"x_T_{steps}"], z, steps), e[f"render_{steps}"], 1e-3)
-        close(prior.render(e["noise"], z, steps), e[f"render_from_noise_{steps}"], 1e-3)
+        close_on_the_whole(prior.encode_stochastic(e["x0"], z, steps), e[f"x_T_{steps}"])
+        close_on_the_whole(prior.render(e[f"x_T_{steps}"], z, steps), e[f"render_{steps}"])
+        close(prior.render(e["noise"], z, steps), e[f"render_from_noise_{steps}"], 2e-4)
 
 
 @torch.no_grad()
@@ -59,7 +65,7 @@ def test_the_official_plain_diffusion_models_numbers(tmp_path, expected):
     prior, e = load_official(official_checkpoint(tmp_path, "ddim")), expected
     assert not prior.config.has_encoder
     close(prior.eps(e["x_t"], e["t"]), e["ddim_eps"], 1e-4)
-    close(prior.render(e["noise"], steps=10), e["ddim_render_10"], 1e-3)
+    close(prior.render(e["noise"], steps=10), e["ddim_render_10"], 2e-4)
     with pytest.raises(ValueError, match="no encoder"): prior.encode(e["x0"])
 
 
