@@ -39,7 +39,8 @@ def close(a, b, most): assert float((a - b).abs().max()) <= most
 
 def close_on_the_whole(a, b):
     """A walk towards the noise amplifies rounding: in exact arithmetic, too, the worst pixel of the official x_T is off by 1.6e-3, but the RMS by 5e-5.
-    Which pixels round how depends on the processor; the RMS does not."""
+    Which pixels round how depends on the processor and its threads, so the whole is held to the RMS, and no pixel may be far off."""
+    close(a, b, 5e-3)
     assert float((a - b).square().mean().sqrt()) <= 1.5e-4
 
 
