@@ -20,10 +20,10 @@ demo: $(VENV)/.installed
 	@echo "Done. Look at results/phantom-7/: reconstruct.ipynb (the story, with its figures), figures/ (the same as PNG),"
 	@echo "volume.nii.gz (the heart, for any NIfTI viewer), summary.json (how it was made, and its scores)."
 
-# Notebooks are tested two at a time, each on one thread.
+# Notebooks are tested two at a time, and so are the tests, each on one thread: twice as fast as one after the other on two.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The outputs are deterministic (timings come from results/record/), so this leaves no difference where nothing changed.
 LIBRARY = $(notdir $(wildcard nbs/[0-9]*.ipynb)) index.ipynb

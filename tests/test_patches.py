@@ -116,7 +116,7 @@ def test_another_grid_sees_the_same_volume():
 
 def test_reconstructing_with_another_prior(folder):
     save_patches(begin(PatchRecipe(samples=16)).learnt(), folder/"g.safetensors")
-    study, told = phantom_study(103), []
+    study, told = phantom_study(103, sax_slices=6, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0)), []
     options = dict(prior=str(folder/"g.safetensors"), segmenter=None, align="none", spacing_mm=2.0, seed=3, raises=0)
     one, again = (reconstruct(study, "diffae", callback=told.append, **options) for _ in range(2))
     assert np.array_equal(one.volume, again.volume) and np.isfinite(one.volume).all()
