@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	@echo "Done. Look at results/phantom-7/: reconstruct.ipynb (the story, with its figures), figures/ (the same as PNG),"
 	@echo "volume.nii.gz (the heart, for any NIfTI viewer), summary.json (how it was made, and its scores)."
 
-# Notebooks are tested two at a time, and so are the tests, each on one thread: twice as fast as one after the other on two.
+# Two notebooks at a time, then two tests at a time, each on one thread: threads that share a core wait for one another.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
