@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIOR_MM', 'REACH_MM', 'HEART_MM', 'CORRELATION', 'CLOSE', 'DOUBT', 'from_axis', 'expected', 'brought_to', 'smear',
-           'data_step', 'misfit', 'after_tv', 'near_axis', 'trusted', 'Posterior', 'of_prior', 'at_prior_mm', 'diffae']
+           'data_step', 'misfit', 'near_axis', 'trusted', 'Posterior', 'of_prior', 'at_prior_mm', 'diffae']
 
 # %% ../nbs/22_diffusion.ipynb #c002
 import time
@@ -37,21 +37,27 @@ def from_axis(
 def expected(
     prior: PatchPrior,
     classical: np.ndarray,  # (nk, nj, ni) SAX units
-    grid: Grid,             # of 1.4 mm
-    seen: np.ndarray,       # (2, nk, nj, ni), as `patches.measured`
-    left: np.ndarray,       # (nk, nj, ni) of the intensity range, as `patches.left_over`
-    progress=None,          # called with the share that is done
-    only=True,              # (nk, nj, ni) bool, where it is asked
-) -> tuple:  # (nk, nj, ni), (nk, nj, ni) SAX units
-    "What the prior expects, and its error's standard deviation there."
-    line = intensity_of(classical)
-    half, away = (line.high - line.low)/2, from_axis(grid)
-    where = np.argwhere(np.broadcast_to(away < REACH_MM[1], grid.shape) & only)
-    more, error = prior(context((classical - line.low)/half - 1, seen, left), where, progress=progress)
-    found = np.stack([np.zeros(grid.shape, np.float32), np.full(grid.shape, float(error.mean()), np.float32)])
-    found[:, *where.T] = torch.stack([more, error]).numpy()
-    found[0] *= np.clip((REACH_MM[1] - away)/(REACH_MM[1] - REACH_MM[0]), 0, 1)
-    return classical + half*found[0], half*found[1]
+    data: DataTerm,  # the slices, on a grid of 1.4 mm; its gains are fitted
+    views,           # view name a slice
+    progress=None,   # called with the share that is done
+    only=True,       # (nk, nj, ni) bool, where it is asked
+    usual=0.0,       # (R, nk, nj, ni) SAX units, what is added elsewhere
+) -> tuple:  # (R, nk, nj, ni), (nk, nj, ni) SAX units
+    "What the prior adds, round by round, each told what the last one left unexplained; and the last one's error's standard deviation."
+    line, away, seen = intensity_of(classical), from_axis(data.op.grid), measured(data, views).cpu().numpy()
+    half, fade = (line.high - line.low)/2, np.clip((REACH_MM[1] - away)/(REACH_MM[1] - REACH_MM[0]), 0, 1)
+    where, volume = np.argwhere(np.broadcast_to(fade > 0, classical.shape) & only), classical
+    at, added = tuple(where.T), np.zeros((len(prior.networks), *classical.shape), np.float32) + np.float32(usual)
+    for n in range(len(added)):
+        unit = data.from_units(volume)
+        data.fit_gains(data.op.A(unit))
+        around = context((volume - line.low)/half - 1, seen, left_over(data, unit).cpu().numpy())
+        more, error = prior(around, where, n + 1, progress=progress and (lambda share: progress((n + share)/len(added))))
+        added[n][at] = half*fade[at[1:]]*more.numpy()
+        volume = volume + added[n]
+    wrong = np.full(classical.shape, half*float(error.mean()), np.float32)
+    wrong[at] = half*error.numpy()
+    return added, wrong
 
 
 def brought_to(
@@ -124,19 +130,6 @@ def misfit(
     "RMS of what is left of each slice, as a multiple of its noise; 0 for a slice that is nowhere near."
     left = torch.where(near, data.residual(data.op.A(volume)), 0)
     return (left.square().sum((1, 2))/near.sum((1, 2)).clamp_min(1)).sqrt()/torch.as_tensor(sigma).to(left)
-
-
-def after_tv(
-    slices: Slices, grid: Grid, poses, device: str,
-    classical: np.ndarray,  # (nk, nj, ni) SAX units
-    prior: PatchPrior,
-    progress=None, only=True,  # as in `expected`
-) -> tuple:  # (nk, nj, ni), (nk, nj, ni) SAX units
-    "`expected` of a classical volume and the slices it was made of."
-    data = DataTerm(slices, grid, poses, device)
-    unit = data.from_units(classical)
-    data.fit_gains(data.op.A(unit))
-    return expected(prior, classical, grid, measured(data, slices.views).cpu().numpy(), left_over(data, unit).cpu().numpy(), progress, only)
 
 
 def near_axis(data: DataTerm, mm: float = REACH_MM[0]) -> torch.Tensor:  # (N, H, W) bool
@@ -236,9 +229,9 @@ def _data_steps(slices, grid, poses, device, classical, prior, trust, raises, ca
     "One solution after another, with more and more weight for the slices that are not reproduced yet."
     start = time.perf_counter() - classical.losses[-1]["seconds"]
     told = callback and (lambda share: callback(dict(round=len(classical.losses), share=share)))
-    mean, error = after_tv(slices, grid, poses, device, classical.volume, prior, told)
+    added, error = expected(prior, classical.volume, DataTerm(slices, grid, poses, device), slices.views, told)
     data = DataTerm(replace(slices, planes=less_voxels(slices.planes, grid)), grid, poses, device)
-    mean = data.from_units(mean)
+    mean = data.from_units(classical.volume + added.sum(0))
     data.fit_gains(data.op.A(mean))
     near = [near_axis(data, mm) for mm in (REACH_MM[0], HEART_MM)]
     tau, sigma, u, raised = torch.as_tensor(error/data.range/trust).to(mean), slices.sigma/data.range, None, 1.0
@@ -249,7 +242,7 @@ def _data_steps(slices, grid, poses, device, classical, prior, trust, raises, ca
         if callback: callback(losses[-1])
         stages.append((len(losses), data.to_units(volume)))
         posterior = Posterior(slices, classical.volume, prior, data, mean, tau, u, poses)
-        yield replace(classical, volume=stages[-1][1], gains=data.gains()[0], offsets=data.gains()[1], losses=losses, stages=stages, evaluations=len(volume), posterior=posterior)
+        yield replace(classical, volume=stages[-1][1], gains=data.gains()[0], offsets=data.gains()[1], losses=losses, stages=stages, evaluations=len(added)*len(volume), posterior=posterior)
         worst = torch.maximum(*[misfit(data, volume, sigma, pixels) for pixels in near])
         more = (worst/(0.96*CLOSE)).square().clamp(1, 2)
         if (more == 1).all(): break

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import binary_dilation
 from torch import nn
 
 from .dataset import intensity_of, read_npz, side_of, simulated_heart, stream
@@ -31,12 +32,13 @@ from .unet import fill
 # %% ../nbs/21_patches.ipynb #c006
 @dataclass(frozen=True)
 class Volumes:
-    "One heart at some moments: what was reconstructed and what is true, on the study's own grid, base to apex."
-    classical: np.ndarray  # (T, Z, H, W) uint8, as `coded`
+    "One heart at some moments: what is known of it so far and what is true, on the study's own grid, base to apex."
+    classical: np.ndarray  # (T, Z, H, W) uint8, as `coded`: what `tv` made, or the prior's rounds before this one
     truth: np.ndarray      # (T, Z, H, W) uint8
     near: np.ndarray       # (T, Z, H, W) bool, within 10 mm of the heart
-    left: np.ndarray       # (T, Z, H, W) uint8, what the classical volume leaves unexplained, as `bytes_of_left`
+    left: np.ndarray       # (T, Z, H, W) uint8, what that volume leaves unexplained, as `bytes_of_left`
     seen: np.ndarray       # (2, Z, H, W) uint8, 60 for what one slab gives: by short-axis slices, by others
+    round: int = 1         # of a prior, that can learn from these
 
 
 def coded(
@@ -93,9 +95,12 @@ def simulated_volumes(
     subject: str,  # "phantom-10600", "heart-03", "heart-03-v0005"
     moments: int = 2,  # of the beat
     protocol=None,  # drawn by default
+    round: int = 1,  # that is to learn from it: earlier ones have had their say
+    prior="cine_patches",  # whose, as in `load_patches`
 ) -> Volumes:
     "What is kept of a simulated heart: a box around it."
-    rng, heart = stream(subject + " native"), simulated_heart(subject)
+    from mgdcr.diffusion import expected
+    rng, heart, earlier = stream(subject + " native"), simulated_heart(subject), load_patches(prior).before(round) if round > 1 else None
     protocol = protocol or varied_protocol(rng)
     off = 0.0 if rng.random() < 0.3 else float(rng.uniform(0, 0.6))
     study = phantom_study(int(rng.integers(10**6, 10**7)), protocol, moments, off, off/2, heart=heart, reference=False)
@@ -106,16 +111,17 @@ def simulated_volumes(
         labels = heart.labels(grid_points(grid), phase).numpy()
         line, near = intensity_of(init), torch.as_tensor(heart_region(labels, grid.spacing, 16.0))
         thin = GAIN*truth(heart, grid, protocol.look, phase, near).numpy()
-        data = DataTerm(slices, grid)
-        unit = data.from_units(init)
+        data, known = DataTerm(slices, grid), init
+        if earlier: known = init + expected(earlier, init, data, slices.views, only=binary_dilation(near.numpy(), iterations=6))[0].sum(0)
+        unit = data.from_units(known)
         data.fit_gains(data.op.A(unit))
-        parts.append((coded(init, line), coded(thin, line), heart_region(labels, grid.spacing), bytes_of_left(left_over(data, unit).numpy())))
+        parts.append((coded(known, line), coded(thin, line), heart_region(labels, grid.spacing), bytes_of_left(left_over(data, unit).numpy())))
     seen = (measured(data, slices.views).numpy()*60).clip(0, 255).astype(np.uint8)
     parts = [np.stack(part) for part in zip(*parts)]
     box = np.argwhere(parts[2].any(0))
     low, high = np.maximum(box.min(0) - (10, 20, 20), 0), box.max(0) + (11, 21, 21)
     box = tuple(slice(a, b) for a, b in zip(low, high))
-    return Volumes(*(part[(slice(None), *box)] for part in (*parts, seen)))
+    return Volumes(*(part[(slice(None), *box)] for part in (*parts, seen)), round)
 
 
 def bytes_of_left(left: np.ndarray) -> np.ndarray:  # uint8
@@ -134,7 +140,8 @@ def load_volumes(path) -> Volumes:
     "What `save_volumes` wrote."
     path = Path(path)
     try:
-        found = Volumes(**read_npz(path, ("classical", "truth", "near", "left", "seen")))
+        found = Volumes(**read_npz(path, ("classical", "truth", "near", "left", "seen", "round")))
+        found = replace(found, round=int(found.round))
         shape = found.classical.shape
         if len(shape) != 4 or any(x.shape != shape for x in (found.truth, found.near, found.left)) or found.seen.shape != (2, *shape[1:]): raise ValueError
         if {x.dtype for x in (found.classical, found.truth, found.left, found.seen)} != {np.dtype(np.uint8)} or found.near.dtype != bool: raise ValueError
@@ -144,16 +151,18 @@ def load_volumes(path) -> Volumes:
 
 
 def volume_jobs(
-    phantoms: int = 60, first: int = 10_600,  # made-up hearts
+    phantoms: int = 60,  # made-up hearts
     anatomies: int = 8,  # of each published anatomy, where these are here: itself, and variations of it
     tune: int = 2,  # made-up hearts to validate on
+    round: int = 1, prior="cine_patches",  # as in `simulated_volumes`
 ) -> dict:  # name → function that makes its volumes
-    "Hearts to learn from and to validate on."
+    "Hearts to learn from and to validate on; a later round learns from hearts that no earlier one has learnt."
     from mgdcr.label_heart import shared_map
+    first, variation, itself = 10_600 + 1000*(round - 1), 10 + 100*(round - 1), [""]*(round == 1)
     names = [f"phantom-{n}" for n in (*range(first, first + phantoms), *range(112, 112 + tune))]
-    kinds = ["", *(f"-v{m:04d}" for m in range(10, 10 + anatomies))][:anatomies]
-    names += [f"heart-{n:02d}{kind}" for n in range(1, 11) if shared_map(n).is_file() for kind in (kinds if n < 9 else kinds[:1])]
-    return {name: partial(simulated_volumes, name) for name in names if side_of(name) in ("train", "tune")}
+    kinds = [*itself, *(f"-v{m:04d}" for m in range(variation, variation + anatomies))][:anatomies]
+    names += [f"heart-{n:02d}{kind}" for n in range(1, 11) if shared_map(n).is_file() for kind in (kinds if n < 9 else [""])]
+    return {name: partial(simulated_volumes, name, round=round, prior=prior) for name in names if side_of(name) in ("train", "tune")}
 
 # %% ../nbs/21_patches.ipynb #c010
 def _disc(radius): return [(j, i) for j in range(-9, 10) for i in range(-9, 10) if j*j + i*i <= radius**2]
@@ -237,6 +246,10 @@ class PatchNet(nn.Module):
         super().__init__()
         sizes = len(AROUND), *widths
         self.layers = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())], nn.Linear(widths[-1], 2))
+        self.silence()
+
+    def silence(self):
+        "Let it add nothing, whatever it knows."
         for p in self.layers[-1].parameters(): nn.init.zeros_(p)
 
     def forward(self, x):
@@ -274,6 +287,7 @@ class PatchStream(torch.utils.data.Dataset):
     def __init__(self, recipe, split: str | None = "train"):
         self.recipe, self.hearts, self.subjects = recipe, [], []
         for subject, heart in simulated_hearts(recipe.data, split):
+            if heart.round != recipe.round: raise StudyError(f"{subject!r} in {recipe.data!r} was made for round {heart.round} of a prior, not {recipe.round}: give the folder of that round, or another.")
             self.hearts += [(_of_bytes(heart, t), heart.classical[t], heart.truth[t], np.argwhere(heart.near[t])) for t in range(len(heart.classical))]
             self.subjects += [subject]*len(heart.classical)
 
@@ -319,8 +333,13 @@ class PatchRecipe(Training):
     batch: int = 32
     cooldown: float = 0.7
     precision: str = "float32"
+    round: int = 1             # that is learnt; the earlier ones are `init`'s, which the studies were made with
 
     columns = "what", "psnr", "gain"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.round != 1 and not self.init: self._bad(f"round={self.round} has no earlier rounds to follow: name the prior that has them as init")
 
     def stream(self, split="train"): return PatchStream(self, split)
 
@@ -328,16 +347,20 @@ class PatchRecipe(Training):
         network = PatchNet()
         if not self.init: return network, 0
         old = load_patches(self.init)
-        network.load_state_dict(old.network.state_dict())
-        return network, int(old.card.get("samples") or 0)
+        known = self.round <= len(old.networks)  # else it begins with what the round before it looks for
+        network.load_state_dict(old.before(self.round + known).networks[-1].state_dict())
+        if not known: network.silence()
+        return network, known*int(old.card.get("samples") or 0)
 
     def loss(self, network): return _PatchLoss(network)
     def validation(self): return PatchValidation(self)
 
     def learnt(self, run) -> "PatchPrior":
-        return PatchPrior(fill(PatchNet(), {k: v.cpu() for k, v in run.ema.items()}).eval(), run.card())
+        mine = fill(PatchNet(), {k: v.cpu() for k, v in run.ema.items()}).eval()
+        earlier = load_patches(self.init).before(self.round).networks if self.round > 1 else ()
+        return PatchPrior(nn.ModuleList([*earlier, mine]), run.card())
 
-    def facts(self, run) -> dict: return dict(kind="patches", inputs=len(AROUND))
+    def facts(self, run) -> dict: return dict(kind="patches", inputs=len(AROUND), rounds=self.round)
     def config(self, network) -> dict: return {}
 
 
@@ -356,27 +379,33 @@ class _PatchLoss(nn.Module):
 
 @dataclass
 class PatchPrior:
-    "A network that knows what hearts look like where slices do not say, and its card."
-    network: PatchNet
+    "Networks that know what hearts look like where slices do not say, one a round, and their card."
+    networks: nn.ModuleList  # of `PatchNet`
     card: dict
 
     @property
-    def device(self): return next(self.network.parameters()).device
+    def device(self): return next(self.networks.parameters()).device
 
-    def to(self, device) -> "PatchPrior": return replace(self, network=self.network.to(device))
+    def to(self, device) -> "PatchPrior": return replace(self, networks=self.networks.to(device))
+
+    def before(self, round: int) -> "PatchPrior":
+        "The rounds that come before this one, or `StudyError` where there are not as many."
+        if not 1 < round <= len(self.networks) + 1: raise StudyError(f"Before round {round} there must be {round - 1}, and {self.card.get('name')!r} has {len(self.networks)}: choose a round from 2 to {len(self.networks) + 1}.")
+        return replace(self, networks=self.networks[:round - 1])
 
     @torch.no_grad()
     def __call__(
         self,
         around: Context,
         where: np.ndarray,  # (n, 3): k, j, i
+        round: int = 1,
         batch: int = 8192,
         progress=None,  # called with the share that is done
     ) -> tuple:  # (n,), (n,)
         "What to add to these voxels, and the standard deviation of what is still wrong then, in [−1, 1]'s units."
-        found = []
+        found, network = [], self.networks[round - 1]
         for n in range(0, len(where), batch):
-            found.append(torch.stack(self.network(around.look(where[n:n + batch]).to(self.device))).cpu())
+            found.append(torch.stack(network(around.look(where[n:n + batch]).to(self.device))).cpu())
             if progress: progress(min(1., (n + batch)/len(where)))
         more, log_error = torch.cat(found, 1)
         return more, log_error.exp()
@@ -395,7 +424,7 @@ class PatchValidation:
         found = []
         for number, subject in enumerate(self.stream.subjects if self.stream else []):
             where = self.stream.voxels(number, np.random.default_rng(number), self.voxels, far=0)
-            more, _ = prior(self.stream.hearts[number][0], where)
+            more, _ = prior(self.stream.hearts[number][0], where, self.stream.recipe.round)
             y = self.stream.sample(number, where)[1]
             found.append((subject, float(y.square().mean()), float((more - y).square().mean())))
         return gains(found)
@@ -403,7 +432,7 @@ class PatchValidation:
 
 def save_patches(prior: PatchPrior, path) -> dict:  # the card, with size and SHA-256
     "In float16, with its card."
-    return write_weights(path, {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in prior.network.state_dict().items()}, prior.card)
+    return write_weights(path, {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in prior.networks.state_dict().items()}, prior.card)
 
 
 def load_patches(
@@ -416,7 +445,8 @@ def load_patches(
         tensors, card = read_weights(path)
         if card.get("kind") != "patches": raise ValueError("its card tells of another kind of network")
         if card.get("inputs") != len(AROUND): raise ValueError("it looks at other places than this version does")
-        network = fill(PatchNet(), {k: v.float() for k, v in tensors.items()}).eval()
+        if not 1 <= int(card.get("rounds") or 1) <= 9: raise ValueError("it has too many rounds")
+        networks = fill(nn.ModuleList(PatchNet() for _ in range(int(card.get("rounds") or 1))), {k: v.float() for k, v in tensors.items()}).eval()
     except FileNotFoundError: raise StudyError(f"There is no file {path.name!r}.") from None
     except Exception as error: raise StudyError(f"{path.name!r} is no prior of patches that can be used: {reason(error)}.") from None
-    return PatchPrior(network, card).to(device)
+    return PatchPrior(networks, card).to(device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.ndimage import map_coordinates
 
-from .diffusion import PRIOR_MM, Posterior, after_tv, data_step, smear
+from .diffusion import PRIOR_MM, Posterior, data_step, expected, smear
 from .geometry import Grid
 from .solvers import DataTerm, tv
 
@@ -64,14 +64,13 @@ def again(
     more=0.0,  # (N, H, W) SAX units, added to every slice
     only=True,  # (nk, nj, ni) bool, where the prior is asked
     like=None,  # what `again` gave for other slices: what the prior adds elsewhere is taken from there
-) -> tuple:  # (nk, nj, ni) each, SAX units: the volume, and from what to what the prior went
+) -> tuple:  # (nk, nj, ni), (R, nk, nj, ni) SAX units: the volume, and what the prior added
     "The volume of other slices, quickly: from where this one was."
     slices, data, device = replace(posterior.slices, images=posterior.slices.images + np.float32(more)), copy(posterior.data), str(posterior.mean.device)
     classical = tv(slices, posterior.grid, posterior.poses, device, posterior.classical).volume
-    mean, _ = after_tv(slices, posterior.grid, posterior.poses, device, classical, posterior.prior, only=only)
-    if like: mean = np.where(only, mean, classical + like[2] - like[1])
+    added, _ = expected(posterior.prior, classical, DataTerm(slices, posterior.grid, posterior.poses, device), slices.views, only=only, usual=like[1] if like else 0.0)
     data.y = data.y + torch.as_tensor(more/data.range).to(data.y)
-    return data.to_units(data_step(data, data.from_units(mean), posterior.tau, start=posterior.u)[0]), classical, mean
+    return data.to_units(data_step(data, data.from_units(classical + added.sum(0)), posterior.tau, start=posterior.u)[0]), added
 
 
 def returned(

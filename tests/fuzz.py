@@ -529,7 +529,7 @@ def make_official(folder):
 def make_latents(folder): torch.save(dict(conds=torch.ones(7, 5), conds_mean=torch.zeros(1, 5), conds_std=torch.ones(1, 5)), folder/"latent.pkl")
 
 
-def make_patches(folder): save_patches(PatchPrior(PatchNet(), dict(kind="patches", inputs=len(AROUND), samples=3)), folder/"mine.safetensors")
+def make_patches(folder): save_patches(PatchPrior(torch.nn.ModuleList([PatchNet()]), dict(kind="patches", inputs=len(AROUND), samples=3)), folder/"mine.safetensors")
 def make_segmenter(folder): save_segmenter(Segmenter(label_network(), dict(kind="segmenter", cavity_logit=0.1, samples=3)), folder/"mine.safetensors")
 def make_unet3d(folder): save_unet3d(VolumePrior(volume_network(), dict(kind="unet3d", samples=3)), folder/"mine.safetensors")
 

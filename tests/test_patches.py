@@ -1,16 +1,19 @@
 """The prior of patches: what it learns from, what it sees, its file, and the reconstruction that uses it."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mgdcr import reconstruct
-from mgdcr.dataset import Intensity, side_of
+from mgdcr.dataset import Intensity, intensity_of, side_of
 from mgdcr.dicom import StudyError
-from mgdcr.diffusion import brought_to, expected
+from mgdcr.diffusion import REACH_MM, brought_to, expected, from_axis
 from mgdcr.geometry import Grid
-from mgdcr.patches import (AROUND, CENTRE, PatchNet, PatchPrior, PatchRecipe, PatchStream, Volumes, coded, context, decoded, load_patches, load_volumes, save_patches,
-                           save_volumes, varied_protocol, volume_jobs)
-from mgdcr.scanner import phantom_study
+from mgdcr.patches import (AROUND, CENTRE, LEFT, PatchNet, PatchPrior, PatchRecipe, PatchStream, PatchValidation, Volumes, coded, context, decoded, left_over, load_patches,
+                           load_volumes, save_patches, save_volumes, simulated_volumes, varied_protocol, volume_jobs)
+from mgdcr.scanner import PROTOCOLS, phantom_study
+from mgdcr.solvers import DataTerm
 from mgdcr.training import begin, train
 
 
@@ -31,6 +34,8 @@ def folder(tmp_path):
 def test_nobody_who_is_reported_is_learnt_from():
     names = volume_jobs(3, anatomies=2, tune=2)
     assert {side_of(name) for name in names} == {"train", "tune"} and "phantom-112" in names
+    both = names.keys() & volume_jobs(3, anatomies=2, tune=2, round=2).keys()
+    assert {side_of(name) for name in both} == {"tune"}  # a later round learns from other hearts
 
 
 def test_plans_differ_and_half_are_the_yardstick():
@@ -85,6 +90,37 @@ def test_training_goes_on_and_its_file(folder):
     with pytest.raises(StudyError, match="no patches 'x'"): load_patches("x")
 
 
+def test_a_second_round_is_learnt_after_the_first(folder, tmp_path):
+    first = train(PatchRecipe(str(folder), samples=32, batch=8), folder/"run", folder/"log", "cpu").learnt()
+    save_patches(first, folder/"one.safetensors")
+    later = tmp_path/"later"
+    later.mkdir()
+    for name in ("phantom-10000", "phantom-112"): save_volumes(later/f"{name}.npz", replace(small(1), round=2))
+    recipe = PatchRecipe(str(later), samples=32, batch=8, round=2, init=str(folder/"one.safetensors"), lr=1e-2)
+    start = begin(recipe)
+    around, where = PatchStream(recipe).hearts[0][0], np.argwhere(small().near[0])[:50]
+    assert start.started_from == 0 and not start.learnt()(around, where, 2)[0].any()  # nothing is added before something is learnt
+    assert torch.equal(start.network.layers[0].weight, load_patches(str(folder/"one.safetensors")).networks[0].layers[0].weight)
+    run = train(recipe, folder/"run2", folder/"log2", "cpu")
+    card = save_patches(run.learnt(), folder/"two.safetensors")
+    both = load_patches(str(folder/"two.safetensors"))
+    assert card["rounds"] == len(both.networks) == 2 and PatchValidation(recipe)(both)[0]["what"] == "phantom"
+    assert torch.allclose(both(around, where)[0], first(around, where)[0], atol=0.01) and both(around, where, 2)[0].abs().max() > 0
+    assert begin(replace(recipe, init=str(folder/"two.safetensors"))).started_from == card["samples"]
+    assert begin(replace(recipe, data=str(folder), init=str(folder/"two.safetensors"), round=1)).network.state_dict().keys() == first.networks[0].state_dict().keys()
+    with pytest.raises(StudyError, match="was made for round 1"): PatchStream(replace(recipe, data=str(folder)))
+    with pytest.raises(StudyError, match="from 2 to 3"): begin(replace(recipe, init=str(folder/"two.safetensors"), round=4))
+    with pytest.raises(StudyError, match="no earlier rounds"): PatchRecipe(str(later), samples=8, round=2)
+
+
+def test_studies_for_a_second_round_show_what_the_first_expects():
+    plan = replace(PROTOCOLS["yardstick-1"], sax_spacing_mm=20.0, views=("sax", "lax_4ch"))
+    one, two = (simulated_volumes("phantom-112", 1, plan, round=n) for n in (1, 2))
+    near, wrong = one.near, lambda volumes: float(np.square(volumes.classical[one.near]/85. - volumes.truth[one.near]/85.).mean())
+    assert (one.round, two.round) == (1, 2) and np.array_equal(one.truth, two.truth) and np.array_equal(near, two.near)
+    assert wrong(two) < 0.8*wrong(one) and np.abs(two.left[near] - 128.).mean() != np.abs(one.left[near] - 128.).mean()
+
+
 def _other(folder):
     from mgdcr.diffae import weights_folder
     return weights_folder()/"cine128_labels.safetensors"
@@ -95,13 +131,52 @@ class Brighter(PatchNet):
     def forward(self, x): return torch.full(x.shape[:-1], 0.1), torch.full(x.shape[:-1], -1.0)
 
 
-def test_what_the_prior_adds_goes_where_it_may_speak():
+class Told(PatchNet):
+    "Adds what it is told that slices have left at the voxel itself."
+    def forward(self, x): return x[:, HERE]/LEFT, torch.full(x.shape[:-1], -1.0)
+
+
+HERE = int(np.flatnonzero((AROUND == (4, 0, 0, 0)).all(1))[0])  # of the channel "left"
+
+
+@pytest.fixture(scope="module")
+def blob():
+    "A blob on a grid of 1.4 mm, and slices of something else."
     k, j, i = np.indices((24, 96, 112))
     volume = (100*np.exp(-((j - 48)**2 + (i - 56)**2)/300.)).astype(np.float32) + 5
     grid = Grid.centred((0, 0, 0), np.eye(3), volume.shape, 1.4)
-    mean, error = expected(PatchPrior(Brighter(), {}), volume, grid, np.zeros((2, *volume.shape)), np.zeros(volume.shape))
-    more = (mean - volume)/(error/np.exp(-1.0))
-    assert np.allclose(more[:, 48, 20:92], 0.1, atol=1e-3) and abs(more[:, 48, :4]).max() < 1e-3  # 60 mm are 43 voxels
+    slices = phantom_study(103, sax_slices=3, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False).slices("ED")
+    return volume, slices, grid
+
+
+def expect(networks, blob, **options):
+    volume, slices, grid = blob
+    return expected(PatchPrior(torch.nn.ModuleList(networks), {}), volume, DataTerm(slices, grid), slices.views, **options)
+
+
+def test_what_the_prior_adds_goes_where_it_may_speak(blob):
+    added, error = expect([Brighter(), Brighter()], blob)
+    more = added/(error/np.exp(-1.0))
+    assert more.shape == (2, *blob[0].shape) and np.allclose(more[..., 48, 20:92], 0.1, atol=1e-3) and abs(more[..., 48, :4]).max() < 1e-3  # 60 mm are 43 voxels
+
+
+def test_where_the_prior_is_not_asked_the_usual_is_added(blob):
+    only, usual = np.zeros(blob[0].shape, bool), np.random.default_rng(0).normal(size=(2, *blob[0].shape)).astype(np.float32)
+    only[8:12, 40:50, 40:50] = True
+    added, _ = expect([Brighter(), Brighter()], blob, only=only, usual=usual)
+    assert np.array_equal(added[:, ~only], usual[:, ~only]) and np.ptp(added[:, only]) < 1e-5 and added[0, 9, 45, 45] > 1
+
+
+def test_each_round_is_told_what_the_last_one_left(blob):
+    volume, slices, grid = blob
+    added, _ = expect([Told(), Told()], blob)
+    data, line = DataTerm(slices, grid), intensity_of(volume)
+    for n, before in enumerate((volume, volume + added[0])):
+        unit = data.from_units(before)
+        data.fit_gains(data.op.A(unit))
+        left = np.clip(left_over(data, unit).numpy(), -0.128, 0.127)*(line.high - line.low)/2
+        inside = np.broadcast_to(from_axis(grid) < REACH_MM[0], volume.shape)
+        assert np.allclose(added[n][inside], left[inside], atol=1e-3) and abs(left[inside]).max() > 1
 
 
 def test_another_grid_sees_the_same_volume():
