@@ -141,13 +141,13 @@ def load_volumes(path) -> Volumes:
     path = Path(path)
     try:
         found = Volumes(**read_npz(path, ("classical", "truth", "near", "left", "seen", "round")))
-        found = replace(found, round=int(found.round))
         shape = found.classical.shape
+        if found.round.shape or found.round.dtype.kind not in "iu" or found.round < 1: raise ValueError
         if len(shape) != 4 or any(x.shape != shape for x in (found.truth, found.near, found.left)) or found.seen.shape != (2, *shape[1:]): raise ValueError
         if {x.dtype for x in (found.classical, found.truth, found.left, found.seen)} != {np.dtype(np.uint8)} or found.near.dtype != bool: raise ValueError
         if not found.near.any((1, 2, 3)).all(): raise ValueError
     except Exception: raise StudyError(f"{path.name!r} holds no volumes of a heart: delete it, and make it again.") from None
-    return found
+    return replace(found, round=int(found.round))
 
 
 def volume_jobs(

@@ -240,7 +240,7 @@ def odd_nifti(rng, path):
 
 def odd_npy(rng, data: bytes) -> bytes:
     "An array whose header lies, or another array."
-    array = np.load(io.BytesIO(data))
+    array = np.atleast_1d(np.load(io.BytesIO(data)))
     with io.BytesIO() as out:
         if rng.random() < 0.5:
             shape = [(2**40,), (-1, 4), (2**62, 4), (0,), (), (2**31, 1, 1), array.shape[::-1], (1, *array.shape), (10**9, *array.shape[1:])][int(rng.integers(9))]
