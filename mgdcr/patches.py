@@ -261,14 +261,16 @@ class PatchNet(nn.Module):
 def simulated_hearts(
     data: str,  # folders, separated by commas, from the project's root or absolute
     split: str | None,  # a side; None: all
+    round: int = 1,  # of a prior, that is to learn from them
 ):  # yields (subject, Volumes)
     "The hearts of a side, in order, or `StudyError` where there is none."
     none = True
     for folder in (project_root()/Path(p.strip()).expanduser() for p in data.split(",") if p.strip()):
         for path in sorted(folder.glob("*.npz")):
             if split not in (None, side_of(path.stem)): continue
-            none = False
-            yield path.stem, load_volumes(path)
+            none, heart = False, load_volumes(path)
+            if heart.round != round: raise StudyError(f"{path.name!r} was made for round {heart.round} of a prior, not {round}: give the folder of that round.")
+            yield path.stem, heart
     if none: raise StudyError(f"{data!r} holds no volumes of the side {split!r}: make some by prepare_labelled(folder, volume_jobs(), save=save_volumes).")
 
 
@@ -286,8 +288,7 @@ class PatchStream(torch.utils.data.Dataset):
 
     def __init__(self, recipe, split: str | None = "train"):
         self.recipe, self.hearts, self.subjects = recipe, [], []
-        for subject, heart in simulated_hearts(recipe.data, split):
-            if heart.round != recipe.round: raise StudyError(f"{subject!r} in {recipe.data!r} was made for round {heart.round} of a prior, not {recipe.round}: give the folder of that round, or another.")
+        for subject, heart in simulated_hearts(recipe.data, split, recipe.round):
             self.hearts += [(_of_bytes(heart, t), heart.classical[t], heart.truth[t], np.argwhere(heart.near[t])) for t in range(len(heart.classical))]
             self.subjects += [subject]*len(heart.classical)
 

@@ -15,6 +15,7 @@ from mgdcr.patches import (AROUND, CENTRE, LEFT, PatchNet, PatchPrior, PatchReci
 from mgdcr.scanner import PROTOCOLS, phantom_study
 from mgdcr.solvers import DataTerm
 from mgdcr.training import begin, train
+from mgdcr.unet3d import CropStream, VolumeRecipe
 
 
 def small(seed=0):
@@ -109,6 +110,7 @@ def test_a_second_round_is_learnt_after_the_first(folder, tmp_path):
     assert begin(replace(recipe, init=str(folder/"two.safetensors"))).started_from == card["samples"]
     assert begin(replace(recipe, data=str(folder), init=str(folder/"two.safetensors"), round=1)).network.state_dict().keys() == first.networks[0].state_dict().keys()
     with pytest.raises(StudyError, match="was made for round 1"): PatchStream(replace(recipe, data=str(folder)))
+    with pytest.raises(StudyError, match="was made for round 2"): CropStream(VolumeRecipe(str(later), samples=8))  # the 3D U-Net starts from tv
     with pytest.raises(StudyError, match="from 2 to 3"): begin(replace(recipe, init=str(folder/"two.safetensors"), round=4))
     with pytest.raises(StudyError, match="no earlier rounds"): PatchRecipe(str(later), samples=8, round=2)
 
