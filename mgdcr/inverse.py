@@ -246,7 +246,7 @@ def slice_residuals(
     near: np.ndarray | None = None,  # (nk, nj, ni) bool, the heart; 60 mm around the grid's axis where not given
 ) -> list:  # a dict a slice
     "What is left between g A V + b and each slice: RMS in SAX units and as a multiple of σ, and the correlation (NCC); in the heart also at the header's pose."
-    if near is None: near = np.broadcast_to(diffusion.from_axis(grid) < diffusion.REACH_MM[0], grid.shape)
+    if near is None: near = np.broadcast_to(diffusion.from_axis(grid) < diffusion.PROMISED_MM, grid.shape)
     gains, offsets, sigma = np.asarray(gains), np.asarray(offsets), np.maximum(slices.sigma, 1e-9)
     look = lambda planes: _seen(volume, near, grid, slices, planes, gains, offsets, device)
     seen, used, heart = look(slices.planes if poses is None else apply_poses(slices.planes, poses))

@@ -34,6 +34,7 @@ class Training:
     batch: int = 32            # of all processes together
     accumulate: int = 1        # parts that a batch is taken in, for want of memory
     lr: float = 1e-3           # Adam's
+    decay: float = 0.0         # of weights, a step: this times lr
     warmup: int = 3200         # samples over which it rises
     cooldown: float = 0.3      # last part of the run over which it falls to nothing
     ema: float = 0.999         # decay a step of the average that is kept
@@ -50,8 +51,8 @@ class Training:
             bad(f"batch={self.batch} cannot be taken in {self.accumulate} equal parts")
         if self.samples < 0 or self.minutes < 0 or bool(self.samples) == bool(self.minutes):
             bad("The budget is either samples or minutes")
-        if not (0 < self.lr < 1 and 0 <= self.ema < 1 and self.clip > 0 and 0 <= self.cooldown <= 1):
-            bad("lr, ema, clip or cooldown is out of range")
+        if not (0 < self.lr < 1 and 0 <= self.decay < 1 and 0 <= self.ema < 1 and self.clip > 0 and 0 <= self.cooldown <= 1):
+            bad("lr, decay, ema, clip or cooldown is out of range")
 
     def _bad(self, what): raise StudyError(f"{what}: change the recipe.")
 
@@ -216,7 +217,7 @@ def begin(
     network, started_from = recipe.build()
     network.to(device)
     run = Run(recipe, network, {k: v.detach().clone() for k, v in network.state_dict().items()},
-              torch.optim.Adam(network.parameters(), lr=recipe.lr), started_from=started_from)
+              torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.decay), started_from=started_from)
     return _carried_on(run, Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else run
 
 

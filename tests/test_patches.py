@@ -10,7 +10,7 @@ from mgdcr.dataset import Intensity, intensity_of, side_of
 from mgdcr.dicom import StudyError
 from mgdcr.diffusion import REACH_MM, brought_to, expected, from_axis
 from mgdcr.geometry import Grid
-from mgdcr.patches import (AROUND, CENTRE, LEFT, PatchNet, PatchPrior, PatchRecipe, PatchStream, PatchValidation, Volumes, coded, context, decoded, left_over, load_patches,
+from mgdcr.patches import (AROUND, CENTRE, LEFT, TURNS, Context, PatchNet, PatchPrior, PatchRecipe, PatchStream, PatchValidation, Volumes, coded, context, decoded, left_over, load_patches,
                            load_volumes, save_patches, save_volumes, simulated_volumes, varied_protocol, volume_jobs)
 from mgdcr.scanner import PROTOCOLS, phantom_study
 from mgdcr.solvers import DataTerm
@@ -55,6 +55,23 @@ def test_beyond_the_border_the_border_goes_on():
     x = context(volume, np.zeros((2, 5, 6, 7)), np.zeros((5, 6, 7))).look(np.array([[4, 5, 6]]))[0]
     after = [n for n, (channel, *step) in enumerate(AROUND) if channel == 0 and min(step) >= 0 and n != CENTRE]
     assert len(after) > 10 and torch.all(x[after] == 0) and x[CENTRE] == 2.5*volume[4, 5, 6]
+
+
+@pytest.mark.parametrize("n, axes, swapped", [(0, (), False), (1, (), True), (2, (2,), False), (4, (1,), False), (8, (0,), False), (15, (0, 1, 2), True)])
+def test_a_turned_heart_looks_turned(n, axes, swapped):
+    values = np.random.default_rng(0).normal(size=(5, 24, 36, 36)).astype(np.float32)
+    here, one = np.array([[11, 17, 16]]), (1,)*5
+    there = np.flip(values, [a + 1 for a in axes])
+    at = np.where(np.isin(range(3), axes), np.array(values.shape[1:]) - 1 - here, here)
+    if swapped: there, at = there.swapaxes(2, 3), at[:, [0, 2, 1]]
+    assert torch.equal(Context(there, one, (0,)*5).look(at), Context(values, one, (0,)*5).look(here)[:, TURNS[n]])
+
+
+def test_turned_bundles(folder):
+    plain, all_turned = (PatchStream(PatchRecipe(str(folder), samples=16, varied=True, turned=share))[3] for share in (0.0, 1.0))
+    assert torch.equal(plain["y"], all_turned["y"]) and torch.equal(plain["x"][:, CENTRE], all_turned["x"][:, CENTRE])
+    assert any(torch.equal(plain["x"][:, turn], all_turned["x"]) for turn in TURNS)
+    with pytest.raises(StudyError, match="no share"): PatchRecipe(str(folder), samples=16, turned=2.0)
 
 
 def test_samples_depend_on_seed_and_number_alone(folder):
@@ -107,6 +124,7 @@ def test_a_second_round_is_learnt_after_the_first(folder, tmp_path):
     both = load_patches(str(folder/"two.safetensors"))
     assert card["rounds"] == len(both.networks) == 2 and PatchValidation(recipe)(both)[0]["what"] == "phantom"
     assert torch.allclose(both(around, where)[0], first(around, where)[0], atol=0.01) and both(around, where, 2)[0].abs().max() > 0
+    assert [known["samples"] for known in both.cards()] == [32, 32] and both.before(2).cards() == load_patches(str(folder/"one.safetensors")).cards()
     assert begin(replace(recipe, init=str(folder/"two.safetensors"))).started_from == card["samples"]
     assert begin(replace(recipe, data=str(folder), init=str(folder/"two.safetensors"), round=1)).network.state_dict().keys() == first.networks[0].state_dict().keys()
     with pytest.raises(StudyError, match="was made for round 1"): PatchStream(replace(recipe, data=str(folder)))
@@ -144,8 +162,8 @@ HERE = int(np.flatnonzero((AROUND == (4, 0, 0, 0)).all(1))[0])  # of the channel
 @pytest.fixture(scope="module")
 def blob():
     "A blob on a grid of 1.4 mm, and slices of something else."
-    k, j, i = np.indices((24, 96, 112))
-    volume = (100*np.exp(-((j - 48)**2 + (i - 56)**2)/300.)).astype(np.float32) + 5
+    k, j, i = np.indices((24, 96, 140))
+    volume = (100*np.exp(-((j - 48)**2 + (i - 70)**2)/300.)).astype(np.float32) + 5
     grid = Grid.centred((0, 0, 0), np.eye(3), volume.shape, 1.4)
     slices = phantom_study(103, sax_slices=3, shape=(56, 56), pixel_mm=3.0, acquired_mm=(3.0, 3.0), reference=False).slices("ED")
     return volume, slices, grid
@@ -159,7 +177,7 @@ def expect(networks, blob, **options):
 def test_what_the_prior_adds_goes_where_it_may_speak(blob):
     added, error = expect([Brighter(), Brighter()], blob)
     more = added/(error/np.exp(-1.0))
-    assert more.shape == (2, *blob[0].shape) and np.allclose(more[..., 48, 20:92], 0.1, atol=1e-3) and abs(more[..., 48, :4]).max() < 1e-3  # 60 mm are 43 voxels
+    assert more.shape == (2, *blob[0].shape) and np.allclose(more[..., 48, 12:128], 0.1, atol=1e-3) and abs(more[..., 48, :5]).max() < 1e-3  # 82 mm are 58 voxels, 90 are 64
 
 
 def test_where_the_prior_is_not_asked_the_usual_is_added(blob):

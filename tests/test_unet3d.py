@@ -102,11 +102,11 @@ class Brighter(torch.nn.Module):
 
 
 def test_what_it_adds_goes_where_it_may_speak():
-    k, j, i = np.indices((22, 96, 112))
-    volume = (100*np.exp(-((j - 48)**2 + (i - 56)**2)/300.)).astype(np.float32) + 5
+    k, j, i = np.indices((22, 96, 140))
+    volume = (100*np.exp(-((j - 48)**2 + (i - 70)**2)/300.)).astype(np.float32) + 5
     grid = Grid.centred((0, 0, 0), np.eye(3), volume.shape, 1.4)
     more = corrected(VolumePrior(Brighter(), {}), volume, grid, np.zeros((2, *volume.shape)), np.zeros(volume.shape)) - volume
-    assert np.allclose(more[:, 48, 20:92], more.max(), atol=1e-3) and more.max() > 1 and abs(more[:, 48, :4]).max() < 1e-3  # 60 mm are 43 voxels
+    assert np.allclose(more[:, 48, 12:128], more.max(), atol=1e-3) and more.max() > 1 and abs(more[:, 48, :5]).max() < 1e-3  # 82 mm are 58 voxels, 90 are 64
 
 
 def test_sides_need_not_be_multiples_of_anything():
