@@ -23,7 +23,7 @@ from .solvers import DataTerm, Solution, tv
 
 # %% ../nbs/22_diffusion.ipynb #c005
 PRIOR_MM = 1.4  # between the voxels that the prior knows
-REACH_MM = 82.0, 90.0  # from the stack's axis: where the prior's word begins to fade, and where it ends
+REACH_MM = 60.0, 70.0  # from the stack's axis: where the prior's word begins to fade, and where it ends
 PROMISED_MM = 60.0  # from the stack's axis: where each slice is to be reproduced
 AGAIN = 0.5  # share of the voxels that a later round is asked about: where the last one has added most around them
 HEART_MM = 40.0  # from the stack's axis: where most of a heart is

@@ -1,4 +1,5 @@
 """The prior of patches: what it learns from, what it sees, its file, and the reconstruction that uses it."""
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,20 @@ def test_a_second_round_is_learnt_after_the_first(folder, tmp_path):
     with pytest.raises(StudyError, match="no earlier rounds"): PatchRecipe(str(later), samples=8, round=2)
 
 
+def test_what_ships_is_known():
+    from mgdcr.diffae import sha256_of, shipped, weights_folder
+    rounds = {}
+    for name in shipped("patches"):
+        prior, path = load_patches(name), weights_folder()/f"{name}.safetensors"
+        card = json.loads(path.with_suffix(".json").read_text())
+        assert card["sha256"] == sha256_of(path) and card["bytes"] == path.stat().st_size and card["name"] == name
+        assert all(known["subjects"] > 100 and known["validation"]["heart"]["gain"] > 0.5 for known in prior.cards())
+        rounds[name] = len(prior.networks)
+    assert rounds == dict(cine_patches=1, cine_patches2=2)
+    one, two = load_patches("cine_patches"), load_patches("cine_patches2")
+    assert all(torch.equal(a, b) for a, b in zip(one.networks[0].parameters(), two.networks[0].parameters())) and two.before(2).cards() == one.cards()
+
+
 def test_studies_for_a_second_round_show_what_the_first_expects():
     plan = replace(PROTOCOLS["yardstick-1"], sax_spacing_mm=20.0, views=("sax", "lax_4ch"))
     one, two = (simulated_volumes("phantom-112", 1, plan, round=n) for n in (1, 2))
@@ -176,8 +191,8 @@ def expect(networks, blob, **options):
 
 def test_what_the_prior_adds_goes_where_it_may_speak(blob):
     added, error = expect([Brighter(), Brighter()], blob)
-    more = added[0]/(error/np.exp(-1.0))
-    assert added.shape == (2, *blob[0].shape) and np.allclose(more[..., 48, 12:128], 0.1, atol=1e-3) and abs(more[..., 48, :5]).max() < 1e-3  # 82 mm are 58 voxels, 90 are 64
+    more, away = added[0]/(error/np.exp(-1.0)), from_axis(blob[2])
+    assert added.shape == (2, *blob[0].shape) and np.allclose(more[:, away < REACH_MM[0]], 0.1, atol=1e-3) and not more[:, away >= REACH_MM[1]].any()
 
 
 def test_where_the_prior_is_not_asked_the_usual_is_added(blob):
@@ -195,9 +210,9 @@ class Here(PatchNet):
 def test_a_later_round_is_asked_where_the_last_one_has_added_most(blob):
     added, error = expect([Here(), Brighter()], blob)
     told = added[1] > 0
-    within = np.broadcast_to(from_axis(blob[2]) < REACH_MM[0], told.shape)
-    bright = np.argsort(blob[0][within])
-    assert 0.4 < told[within].mean() < 0.6 and told[within][bright[-9999:]].all() and not told[within][bright[:9999]].any() and np.ptp(error[within]) == 0
+    asked = np.broadcast_to(from_axis(blob[2]) < REACH_MM[1], told.shape)
+    bright = np.argsort(blob[0][asked])
+    assert 0.45 < told[asked].mean() < 0.55 and told[asked][bright[-9999:]].all() and not told[asked][bright[:9999]].any() and np.ptp(error[asked]) == 0
 
 
 def test_each_round_is_told_what_the_last_one_left(blob):
@@ -210,7 +225,7 @@ def test_each_round_is_told_what_the_last_one_left(blob):
         left = np.clip(left_over(data, unit).numpy(), -0.128, 0.127)*(line.high - line.low)/2
         inside = np.broadcast_to(from_axis(grid) < REACH_MM[0], volume.shape)
         if n: inside = inside & (added[n] != 0)
-        assert np.allclose(added[n][inside], left[inside], atol=1e-3) and abs(left[inside]).max() > 1 and inside.mean() > 0.3
+        assert np.allclose(added[n][inside], left[inside], atol=1e-3) and abs(left[inside]).max() > 1 and inside.mean() > 0.2
 
 
 def test_another_grid_sees_the_same_volume():
