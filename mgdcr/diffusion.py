@@ -53,8 +53,8 @@ def expected(
     added = np.zeros((len(prior.networks), *classical.shape), np.float32) + np.float32(usual)
     for n in range(len(added)):
         if n:
-            more = gaussian_filter(np.abs(added[n - 1]), 2)
-            asked = asked & (more >= np.quantile(more[:, fade > 0], 1 - AGAIN))
+            change = gaussian_filter(np.abs(added[n - 1]), 2)
+            asked = asked & (change >= np.quantile(change[:, fade > 0], 1 - AGAIN))
         where = np.argwhere(asked)
         at, unit = tuple(where.T), data.from_units(volume)
         data.fit_gains(data.op.A(unit))
