@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLAB_REACH', 'FWHM', 'Grid', 'plane_affine', 'Planes', 'Slices', 'slab_cdf', 'slab_quadrature', 'discrete_gaussian',
            'rigid', 'apply_poses', 'pose_residuals', 'crossing_lines', 'crossing', 'sample_volume', 'sample_plane',
-           'SliceOperator', 'less_voxels', 'benchmark']
+           'between', 'SliceOperator', 'less_voxels', 'benchmark']
 
 # %% ../nbs/00_geometry.ipynb #c003
 import json, time, warnings
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import sparse
+from scipy.interpolate import make_interp_spline
 from scipy.special import erf, ive
 
 # %% ../nbs/00_geometry.ipynb #c006
@@ -283,6 +284,12 @@ def _torch_csr(m: sparse.csr_matrix, device) -> torch.Tensor:
         warnings.simplefilter("ignore") # torch calls its CSR layout beta; the products used here are tested below
         return torch.sparse_csr_tensor(*args, size=m.shape, check_invariants=False).to(device)
 
+def between(n: int,    # voxels
+            finer: int # parts of the way from one to the next
+            ) -> np.ndarray: # (finer (n - 1) + 1, n)
+    "What the values on the way weigh those of the voxels by: a cubic spline (not-a-knot ends)."
+    return make_interp_spline(np.arange(n), np.eye(n), k=min(3, n - 1))(np.arange(finer * (n - 1) + 1) / finer)
+
 class SliceOperator:
     "The linear map from a volume to thick slices at any oblique planes, and its adjoint."
     def __init__(self,
@@ -291,9 +298,13 @@ class SliceOperator:
                  profile: str = "smooth",       # slab profile, as in `slab_cdf`
                  device: str = "cpu",
                  dtype: torch.dtype = torch.float32,
-                 step: float | None = None      # mm between quadrature points through the slab; the grid's spacing by default
+                 step: float | None = None,     # mm between quadrature points through the slab; the grid's spacing by default
+                 finer: int = 1                 # voxels along i and j that splines make of one before slabs are cut
                  ):
-        self.grid, self.planes, self.device, self.dtype = grid, planes, torch.device(device), dtype
+        self.grid, self.planes, self.device, self.dtype, self.finer = grid, planes, torch.device(device), dtype, finer
+        nk, nj, ni = grid.shape
+        self.cut = Grid((nk, finer * (nj - 1) + 1, finer * (ni - 1) + 1), grid.affine @ np.diag([1 / finer, 1 / finer, 1, 1])) # what slabs are cut from
+        self.splines = [torch.from_numpy(between(n, finer)).to(self.device, dtype) for n in (nj, ni)] if finer > 1 else None
         offsets, weights = slab_quadrature(planes.thickness, profile, step or grid.spacing.min())
         self.offsets, self.weights = (torch.from_numpy(x) for x in (offsets, weights))
         sigma = planes.fwhm / planes.spacing / FWHM
@@ -311,7 +322,7 @@ class SliceOperator:
         if poses is not None:
             motion = rigid(poses.to("cpu", torch.float64), torch.from_numpy(self.planes.centres))
             affines = motion @ affines
-        m = torch.linalg.inv(torch.from_numpy(self.grid.affine)) @ affines
+        m = torch.linalg.inv(torch.from_numpy(self.cut.affine)) @ affines
         (h, w), (pi, pj) = self.planes.shape, self.pad
         i = torch.arange(-pi, w + pi, dtype=torch.float64)[:, None]
         j = torch.arange(-pj, h + pj, dtype=torch.float64)[:, None, None]
@@ -321,7 +332,7 @@ class SliceOperator:
 
     def _build(self):
         "The sparse matrices S and Sᵀ."
-        nk, nj, ni = self.grid.shape
+        nk, nj, ni = self.cut.shape
         p = self._voxels().permute(0, 2, 3, 1, 4)                       # a pixel's quadrature points side by side
         pixels, cells = p.shape[:3].numel(), p.shape[3]
         low = p.floor()
@@ -360,12 +371,13 @@ class SliceOperator:
           ) -> torch.Tensor:                # (N, H, W)
         "What the scanner would measure of `volume`; differentiable by volume and by poses."
         (h, w), (pi, pj) = self.planes.shape, self.pad
+        if self.splines: volume = self.splines[0] @ (volume @ self.splines[1].T)
         if poses is None:
             S, St = self.matrices
             slab = _Sparse.apply(volume.reshape(-1), S, St)
         else:
             p = self._voxels(poses)
-            n = (2 * p / (torch.tensor(self.grid.shape[::-1], dtype=torch.float64) - 1) - 1).to(self.device, self.dtype)
+            n = (2 * p / (torch.tensor(self.cut.shape[::-1], dtype=torch.float64) - 1) - 1).to(self.device, self.dtype)
             values = F.grid_sample(volume.expand(len(n), 1, -1, -1, -1), n, align_corners=True)[:, 0]
             slab = torch.einsum("nqhw,nq->nhw", values, self.weights.to(self.device, self.dtype))
         return self._blur(slab.reshape(-1, h + 2 * pj, w + 2 * pi))
@@ -375,7 +387,8 @@ class SliceOperator:
                   ) -> torch.Tensor: # (nk, nj, ni)
         "The transpose of `A`: every pixel given back to the voxels it was measured from."
         S, St = self.matrices
-        return _Sparse.apply(self._blur(y, adjoint=True).reshape(-1), St, S).reshape(self.grid.shape)
+        volume = _Sparse.apply(self._blur(y, adjoint=True).reshape(-1), St, S).reshape(self.cut.shape)
+        return self.splines[0].T @ volume @ self.splines[1] if self.splines else volume
 
     @property
     def coverage(self) -> torch.Tensor:

@@ -229,7 +229,7 @@ CLOSE, FAR_MM, FAR_DEG = diffusion.CLOSE, 8.0, 8.0  # σ, and poses: beyond thes
 
 def _seen(volume, near, grid, slices, planes, gains, offsets, device):
     "g A V + b, the pixels that the grid holds, and those of the heart: (N, H, W) each."
-    operator = SliceOperator(grid, less_voxels(planes, grid), device=device)
+    operator = SliceOperator(grid, less_voxels(planes, grid), device=device, finer=diffusion.FINER)
     seen, heart = (operator.A(torch.as_tensor(np.array(x, np.float32), device=device)).cpu().numpy() for x in (volume, near))
     used = slices.mask & (operator.coverage.cpu().numpy() > 0.99)
     return gains[:, None, None]*seen + offsets[:, None, None], used, used & (heart > 0.5)

@@ -161,10 +161,11 @@ class DataTerm:
                  poses=None,             # (N, 6)
                  device: str = "cpu",
                  model_sd: float = .02,  # what the model leaves out, as a share of the intensity range
-                 profile: str = "smooth"
+                 profile: str = "smooth",
+                 finer: int = 1          # as in `SliceOperator`
                  ):
         planes = slices.planes if poses is None else apply_poses(slices.planes, poses)
-        self.op, self.profile = SliceOperator(grid, planes, profile, device), profile
+        self.op, self.profile = SliceOperator(grid, planes, profile, device, finer=finer), profile
         to = lambda a: torch.as_tensor(np.asarray(a), dtype=torch.float32, device=device)
         sax = slices.images[np.isin(slices.views, "sax")]
         low, high = np.percentile(sax, [1, 99])
@@ -179,7 +180,7 @@ class DataTerm:
     def moved(self, poses) -> "DataTerm":
         "The same slices a little elsewhere: `poses` (N, 6) from where they are."
         other = copy(self)
-        other.op = SliceOperator(self.op.grid, apply_poses(self.op.planes, poses), self.profile, self.op.device)
+        other.op = SliceOperator(self.op.grid, apply_poses(self.op.planes, poses), self.profile, self.op.device, finer=self.op.finer)
         return other
 
     def residual(self, seen: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 
+from .diffusion import FINER
 from .geometry import Planes, SliceOperator, apply_poses, crossing, less_voxels, sample_plane, sample_volume
 from .metrics import fit_to_truth, lv_views, meeting_point
 from .segmentation import OUTLINES
@@ -252,7 +253,7 @@ def views_in_space(
 # %% ../nbs/23_viewer.ipynb #c019
 def residual_images(volume, grid, slices, planes):
     "Acquired minus A V (N, H, W) in SAX units, NaN where the grid sees less than 99 % of the slab."
-    operator = SliceOperator(grid, less_voxels(planes, grid))
+    operator = SliceOperator(grid, less_voxels(planes, grid), finer=FINER)
     difference = slices.images - operator.A(torch.as_tensor(np.asarray(volume, np.float32))).numpy()
     return np.where((operator.coverage.numpy() > 0.99) & slices.mask, difference, np.nan)
 

@@ -143,9 +143,7 @@ def test_what_ships_is_known():
         assert card["sha256"] == sha256_of(path) and card["bytes"] == path.stat().st_size and card["name"] == name
         assert all(known["subjects"] > 100 and known["validation"]["heart"]["gain"] > 0.5 for known in prior.cards())
         rounds[name] = len(prior.networks)
-    assert rounds == dict(cine_patches=1, cine_patches2=2)
-    one, two = load_patches("cine_patches"), load_patches("cine_patches2")
-    assert all(torch.equal(a, b) for a, b in zip(one.networks[0].parameters(), two.networks[0].parameters())) and two.before(2).cards() == one.cards()
+    assert rounds == dict(cine_patches=2)
 
 
 def test_studies_for_a_second_round_show_what_the_first_expects():
