@@ -20,7 +20,7 @@ from .scanner import truth as true_image
 from .segmentation import load_segmenter, segment_volume
 
 # %% ../nbs/28_calibration.ipynb #c004
-FITTED = tuple(f"phantom-{n}" for n in range(114, 122)) + ("heart-09", "heart-10")
+FITTED = tuple(f"phantom-{n}" for n in range(114, 132)) + ("heart-09", "heart-10")
 COUNTED = tuple(f"phantom-{n}" for n in range(212, 228)) + ("heart-11", "heart-12", "heart-11-v0001", "heart-12-v0001")
 FACTORS = tuple(np.arange(0.5, 5.01, 0.25))  # that the share of voxels within an interval is kept for
 INDICES = "edv_ml", "esv_ml", "ef", "mass_g", "rv_edv_ml", "rv_esv_ml", "rv_ef"
