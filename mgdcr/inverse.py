@@ -582,8 +582,9 @@ def _intervals(study, result, frame, segmenter):
     both = lambda n: {name: [at(ed, n)[name], at(es, n)[name]] for name in at(ed, n)}
     found = [clinical.indices(both(n), 0, 1).all for n in range(len(next(iter(result.runs.values()))))]
     spread = {name: float(np.std([run[name] for run in found], ddof=1)) for name in found[0]}
-    far = {name: uncertainty.index_interval(name, value, spread[name]) for name, value in result.clinical["volume"].items()}
-    return {name: [value - far[name], value + far[name]] for name, value in result.clinical["volume"].items()}
+    told = {name: result.clinical["volume"][name] for name in uncertainty.CALIBRATED}
+    far = {name: uncertainty.index_interval(name, value, spread[name]) for name, value in told.items()}
+    return {name: [value - far[name], value + far[name]] for name, value in told.items()}
 
 
 def _uncertain(result, found, frame, number, problem, keep, spread, measured):
