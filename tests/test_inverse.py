@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from mgdcr import uncertainty
 from mgdcr.dicom import StudyError
 from mgdcr.familiarity import inverted, shown
 from mgdcr.inverse import beats, reconstruct, study_of
@@ -76,8 +77,11 @@ def test_spread_is_deterministic_and_refused_where_there_is_none(small):
     result = reconstruct(small, spread=2, measured=True, align="none", seed=5, **QUICK)
     assert result.spread.shape == result.volume.shape == result.measured.shape and (result.spread > 0).mean() > 0.5
     assert result.measured.min() >= 0 and result.measured.max() <= 1 and np.ptp(result.measured) > 0.3
-    again = reconstruct(small, spread=2, align="none", seed=5, **QUICK)
+    again = reconstruct(small, spread=2, align="none", seed=5, **QUICK | dict(segmenter="cine128_labels"))
     assert np.array_equal(result.volume, again.volume) and np.array_equal(result.spread, again.spread) and again.measured is None
+    assert set(again.clinical["interval"]) == set(uncertainty.CALIBRATED)
+    low, high = again.clinical["interval"]["edv_ml"]
+    assert low < again.clinical["volume"]["edv_ml"] < high
 
 
 def stop_at(rounds):
