@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARRAY_MM', 'TO_APEX', 'SCANNED', 'BEFALLS', 'ROBUSTNESS', 'Setting', 'STRUCTURES', 'PROTOCOLS', 'CLINICAL',
            'array_study', 'subject_study', 'only_lax', 'wrong_lax', 'lax_gamma', 'without_slices', 'lost_slices',
-           'read_setting', 'grid_of', 'truth', 'slice_drop', 'held_out', 'named', 'in_plane', 'labels', 'score',
-           'compare', 'wide', 'means', 'table', 'gain', 'figure', 'bland_altman', 'agreement']
+           'ghost', 'read_setting', 'grid_of', 'truth', 'slice_drop', 'held_out', 'named', 'in_plane', 'labels',
+           'score', 'compare', 'wide', 'means', 'table', 'gain', 'figure', 'bland_altman', 'agreement']
 
 # %% ../nbs/29_protocols.ipynb #p002
 import re
@@ -104,7 +104,17 @@ def lost_slices(study: Study, count: int) -> Study:
     return without_slices(study, range(first, first + int(count)))
 
 
-BEFALLS = dict(lax=only_lax, wrong_lax=wrong_lax, lax_gamma=lax_gamma, lost_slices=lost_slices)
+def ghost(study: Study, name: str) -> Study:
+    "With one slice, \"sax-6\", \"lax_4ch-0\", under its own ghost: 40 % of its brightness lie a third of the image away."
+    if name == "none": return study
+    view, _, number = name.partition("-")
+    if view not in study.views or not number.isdecimal() or int(number) >= len(study.views[view].images): raise StudyError(f"{study.subject} has no slice {name!r}: give a view and a number, ghost:sax-6.")
+    images = study.views[view].images.copy()
+    images[int(number)] = 0.6*images[int(number)] + 0.4*np.roll(images[int(number)], images.shape[-2]//3, -2)
+    return replace(study, views=study.views | {view: replace(study.views[view], images=images)})
+
+
+BEFALLS = dict(lax=only_lax, wrong_lax=wrong_lax, lax_gamma=lax_gamma, lost_slices=lost_slices, ghost=ghost)
 ROBUSTNESS = ("/ sax_spacing_mm: 14|18 / lost_slices: 1|2 / shifts_mm: 0|4 / tilts_deg: 2|4 / snr: 15|8 / lax: 4ch|none / wrong_lax: 4ch|2ch+3ch+4ch / lax_gamma: 0.7|1.4"
               " / condition: healthy|hypertrophic|dilated")  # `grid_of` it: nothing changed, which is a level of all but the last, and every other level
 

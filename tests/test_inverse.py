@@ -12,6 +12,7 @@ from mgdcr.dicom import StudyError
 from mgdcr.familiarity import inverted, shown
 from mgdcr.inverse import beats, reconstruct, study_of
 from mgdcr.jobs import TERMINAL
+from mgdcr.protocols import ghost
 from mgdcr.scanner import phantom_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,17 +37,6 @@ def psnr(result): return result.scores["truth"]["psnr"]
 def with_views(study, *names): return replace(study, views={name: study.views[name] for name in names})
 
 
-def changed(study, name, change, slice=0):
-    "A study with one slice changed."
-    view = study.views[name]
-    images = view.images.copy()
-    images[slice] = change(images[slice])
-    return replace(study, views=study.views | {name: replace(view, images=images)})
-
-
-def ghosted(image): return 0.6*image + 0.4*np.roll(image, image.shape[-2]//3, -2)
-
-
 def test_one_long_axis_view_costs_but_does_not_break(study, whole):
     fewer, linear = reconstruct(with_views(study, "sax", "lax_4ch"), **QUICK), reconstruct(study, "linear", segmenter=None)
     assert np.isfinite(fewer.volume).all() and psnr(linear) + 1 < psnr(fewer) < psnr(whole) + 0.3
@@ -65,7 +55,7 @@ def test_three_slices_are_enough_to_go_on(study):
 
 @pytest.mark.parametrize("view, slice", [("lax_4ch", 0), ("sax", 5)])
 def test_a_corrupted_slice_is_left_out_and_named(study, whole, view, slice):
-    result = reconstruct(changed(study, view, ghosted, slice), **QUICK)
+    result = reconstruct(ghost(study, f"{view}-{slice}"), **QUICK)
     assert result.doubted == [f"{view} {slice} contradicts the others and was left out."] == result.summary()["doubted"] and whole.doubted == []
     assert any(told.startswith(f"{view} {slice} is ") for told in result.beyond)
     assert psnr(result) > psnr(whole) - 0.7
