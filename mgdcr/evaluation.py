@@ -212,7 +212,7 @@ def compare_parts(
     workers: int = 1,
     **options,  # for `parts`
 ) -> list:  # rows of `parts`
-    """`parts` of several. The table of record (ten minutes a study, on one core):
+    """`parts` of several. The table of record (eight minutes a study, on one core):
 
     python -c "from mgdcr.evaluation import *; compare_parts(record='results/record/parts.csv')"
     """
@@ -296,7 +296,7 @@ def compare_costs(
     record: str | None = None,  # a CSV file to write, relative to the project's root
     **options,  # for `reconstruct`
 ) -> list:  # rows of `cost`
-    """`cost` of several. The table of record (a quarter of an hour, on one core that has nothing else to do):
+    """`cost` of several. The table of record (half an hour, on one core that has nothing else to do):
 
     OMP_NUM_THREADS=1 python -c "from mgdcr.evaluation import *; compare_costs(record='results/record/costs.csv')"
     """
