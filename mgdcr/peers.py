@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TO_MIDDLE_MM', 'latent_prior', 'heart_of', 'turned', 'brought_back', 'CountedPrior', 'by_parts', 'Bench', 'between',
-           'latent_interpolation', 'noise_along', 'eps_of', 'falling', 'descend', 'denoising_error', 'ddim', 'diffpir',
-           'along', 'along_adjoint', 'shrink', 'conjugate_gradients', 'diffusion_mbir', 'AxisVariation', 'latent_loss',
-           'latent']
+           'latent_interpolation', 'noise_along', 'eps_of', 'falling', 'descend', 'denoising_error', 'LongAxes', 'ddim',
+           'diffpir', 'along', 'along_adjoint', 'shrink', 'conjugate_gradients', 'diffusion_mbir', 'AxisVariation',
+           'latent_loss', 'latent']
 
 # %% ../nbs/22_peers.ipynb #c002
 import time
@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from .dataset import Cut, HeartFrame, intensity_of, lateral_by_geometry, upright
@@ -22,7 +23,7 @@ from .ddim import q_sample
 from .dicom import StudyError
 from .diffae import Prior, lerp, load_prior, slerp
 from .diffusion import PRIOR_MM, data_step
-from .geometry import Grid, Slices, apply_poses, less_voxels
+from .geometry import Grid, Planes, SliceOperator, Slices, apply_poses, less_voxels
 from .segmentation import to_prior
 from .solvers import DataTerm, Solution, linear, tv
 
@@ -258,6 +259,55 @@ def denoising_error(
     return float(2*10**(-np.interp(t, *zip(*known))/20))
 
 
+class LongAxes:
+    "Planes through the long axis, all around it, and a prior of such planes."
+
+    def __init__(
+        self, bench: Bench,
+        network,           # a shipped prior's name, a file, or a `Prior`
+        heart: HeartFrame,
+        axis: np.ndarray,  # (3,) mm, a point of the long axis
+        count: int = 12,
+    ):
+        device, size = bench.x.device, (128, 128)
+        self.prior = CountedPrior.of(network, device)
+        (u, v, w), squares = heart.axes, []
+        for angle in np.pi*np.arange(count)/count:
+            across, plane = np.cos(angle)*u + np.sin(angle)*v, np.eye(4)
+            plane[:3] = np.stack([across, -w, np.cross(across, -w), axis], 1)
+            squares.append(upright(plane, heart, "lax_4ch" if abs(np.cos(angle)) >= abs(np.sin(angle)) else "lax_2ch", PRIOR_MM))
+        squares = np.stack(squares)
+        self.op = SliceOperator(bench.own, Planes(squares, size, np.full(count, 1.0), np.full((count, 2), 1e-3)), device=device)
+        self.shared = self.op.A_adjoint(torch.ones(self.op.size, device=device)).clamp_min(1)  # the axis is in all of them
+        i, j = np.meshgrid(*(np.arange(n) for n in size[::-1]))
+        points = squares[:, None, None, :3] @ np.stack([i, j, 0*i, 0*i + 1], -1)[..., None]
+        at = 2*bench.own.voxels(points[..., 0])/(np.array(bench.own.shape[::-1]) - 1) - 1
+        self.at = torch.from_numpy(at).float()[None].to(device)
+
+    def see(
+        self,
+        x: torch.Tensor,  # (nk, 1, H, W)
+    ) -> torch.Tensor:  # (count, 1, 128, 128); beyond base and apex the last plane goes on
+        "The planes of a volume."
+        return F.grid_sample(x.transpose(0, 1)[None], self.at, padding_mode="border", align_corners=True)[0].transpose(0, 1)
+
+    def __call__(
+        self,
+        x: torch.Tensor,  # (nk, 1, H, W)
+        t: int,           # timestep
+        generator: torch.Generator,
+        draws: int = 3,   # of noise
+    ) -> torch.Tensor:  # (nk, 1, H, W) to be added
+        "What the prior of long-axis planes would change."
+        with torch.no_grad():
+            seen, level = self.see(x), torch.full((len(self.at[0]),), t, device=x.device)
+            z, found = by_parts(self.prior.encode, seen) if self.prior.config.has_encoder else None, torch.zeros_like(seen)
+            for _ in range(draws):
+                x_t = q_sample(self.prior.schedule, seen, level, torch.randn(seen.shape, generator=generator).to(seen))
+                found += by_parts(lambda x, z, t: self.prior.denoise(x, t, z), x_t, z, level)/draws
+            return (self.op.A_adjoint((found - seen)[:, 0])/self.shared)[:, None]
+
+
 def ddim(
     slices: Slices,
     grid: Grid,
@@ -273,13 +323,20 @@ def ddim(
     every: int = 8,   # planes between independent draws of noise
     draws: int = 3,   # of noise a round
     trust: float = 0.5,  # divides the error that is expected of the prior
+    long_axis: str | None = None,  # a prior of long-axis planes to be asked in turn, "cine128_lax"
     save_every: int = 0,  # rounds between volumes that are kept
     **_,
 ) -> Solution:
     "From `tv`, in rounds of falling noise: every plane is noised, denoised, and brought to agree with the slices."
     bench = Bench(slices, grid, poses, device, init, network, heart, callback, save_every)
-    agree = lambda x_start, x, t: bench.measured(x_start, denoising_error(bench.prior, t)/trust)
-    return bench.solution(descend(bench, falling(noisiest, cleanest, rounds), agree, 1.0, every, draws, seed))
+    axes = LongAxes(bench, long_axis, heart or heart_of(slices, grid), grid.centre) if long_axis else None
+    generator = torch.Generator().manual_seed(seed + 1)
+    def agree(x_start, x, t):
+        tau = denoising_error(bench.prior, t)
+        if axes: x_start = x_start + axes(x_start, t, generator, draws)*tau**2/(tau**2 + denoising_error(axes.prior, t)**2)
+        return bench.measured(x_start, tau/trust)
+    found = bench.solution(descend(bench, falling(noisiest, cleanest, rounds), agree, 1.0, every, draws, seed))
+    return replace(found, evaluations=found.evaluations + axes.prior.asked) if axes else found
 
 
 latent_prior = partial(ddim, network="cine128_compact")
